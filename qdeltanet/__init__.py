@@ -1,0 +1,1 @@
+"""qdeltanet: true integer quantization of Gated DeltaNet, the triangular inverse included."""

@@ -1,0 +1,149 @@
+"""The arithmetics: one dataflow runs over any of them.
+
+`FloatArithmetic` multiplies real numbers, `ObservingArithmetic` shows every site to an observer on the way,
+`IntegerArithmetic` (integer.py) multiplies codes on a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .operand import Operand, repeat_heads
+from .requantize import Region, Term
+
+
+class Arithmetic(Protocol):
+    """Five verbs; a dataflow written in them runs in float, fake quantization and integers."""
+
+    def quantize(self, site: str, x: Tensor) -> Operand:
+        """A float32 tensor [..., H, R, C] enters at a site."""
+        ...
+
+    def product(
+        self,
+        left: Operand,
+        right: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        parts: tuple[Region, Region] | None = None,
+    ) -> Term:
+        """left @ right, times a data-dependent coefficient in [0, 2] where given.
+
+        parts: rows and columns of left and of right that take part, where the rest is known to be zero; region: rows
+        and columns of the output that the product then covers.
+        """
+        ...
+
+    def addend(
+        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+    ) -> Term:
+        """An operand as a summand."""
+        ...
+
+    def store(
+        self,
+        site: str,
+        terms: Sequence[Term],
+        *,
+        shape: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        compact: bool = False,
+    ) -> Operand:
+        """Sum of terms into a site."""
+        ...
+
+    def read(self, terms: Sequence[Term]) -> Tensor:
+        """Sum of terms as float32."""
+        ...
+
+
+class FloatArithmetic:
+    """Real numbers throughout: nothing is rounded to codes."""
+
+    def quantize(self, site: str, x: Tensor) -> Operand:
+        return Operand(site, x)
+
+    def product(
+        self,
+        left: Operand,
+        right: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        parts: tuple[Region, Region] | None = None,
+    ) -> Term:
+        if parts is not None:
+            left, right = left.part(*parts[0]), right.part(*parts[1])
+        acc = left.codes @ right.codes
+        if coefficient is not None:
+            acc = repeat_heads(acc, coefficient.shape[-3]) * coefficient
+        return Term(acc, sign=sign, region=region)
+
+    def addend(
+        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+    ) -> Term:
+        return Term(x.codes if coefficient is None else x.codes * coefficient, sign=sign, region=region)
+
+    def store(
+        self,
+        site: str,
+        terms: Sequence[Term],
+        *,
+        shape: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        compact: bool = False,
+    ) -> Operand:
+        real = self._sum(terms, shape)
+        return Operand(site, real if mask is None else real * mask, compact=compact)
+
+    def read(self, terms: Sequence[Term]) -> Tensor:
+        return self._sum(terms, None)
+
+    @staticmethod
+    def _sum(terms: Sequence[Term], shape: Sequence[int] | None) -> Tensor:
+        """Like scaled_sum, in the dtype of the terms (float64 stays float64)."""
+        if any(t.region is not None for t in terms):
+            assert shape is not None
+            total = terms[0].acc.new_zeros(*shape)
+            for t in terms:
+                part = total if t.region is None else total[..., t.region[0], t.region[1]]
+                part.add_(t.acc) if t.sign > 0 else part.sub_(t.acc)
+            return total
+        total = terms[0].acc if terms[0].sign > 0 else -terms[0].acc
+        for t in terms[1:]:
+            total = total + t.acc if t.sign > 0 else total - t.acc
+        return total
+
+
+Observe = Callable[[str, Tensor, bool], None]
+
+
+class ObservingArithmetic(FloatArithmetic):
+    """Float, with `observe(site, x, compact)` called on everything that enters a site."""
+
+    def __init__(self, observe: Observe) -> None:
+        self.observe = observe
+
+    def quantize(self, site: str, x: Tensor) -> Operand:
+        operand = super().quantize(site, x)
+        self.observe(site, operand.codes, False)
+        return operand
+
+    def store(
+        self,
+        site: str,
+        terms: Sequence[Term],
+        *,
+        shape: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        compact: bool = False,
+    ) -> Operand:
+        operand = super().store(site, terms, shape=shape, mask=mask, compact=compact)
+        self.observe(site, operand.codes, compact)
+        return operand

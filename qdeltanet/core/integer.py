@@ -1,0 +1,210 @@
+"""The integer arithmetic: codes on a backend. Fake quantization is the same on `FloatContainers`, with gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .accumulate import COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
+from .backend import Backend
+from .errors import BindingError, NonFiniteError
+from .granularity import Granularity, dynamic_scale
+from .operand import Operand, repeat_heads
+from .quantize import coefficient_codes, round_half_even, saturate
+from .requantize import Region, Term, check_fixed_point, scaled_sum
+from .scheme import RuleScheme, Side, SiteScheme, use_granularity, use_key
+
+
+class IntegerArithmetic:
+    """Codes on a backend, bound to a scheme and its scales.
+
+    scales: float32 [H or 1, R or 1, C or 1] per site, and per `site/left`, `site/right` for the operand codes of a
+    carried site. saturated counts clipped elements per site. Integer execution refuses sites without a format
+    (`allow_float=False`); fake execution carries real numbers through them.
+
+    Raises BindingError where a bound fails or a scale is missing, NonFiniteError where NaN or Inf enters a site.
+    """
+
+    def __init__(
+        self, scheme: RuleScheme, scales: Mapping[str, Tensor], backend: Backend, *, allow_float: bool = False
+    ) -> None:
+        if not allow_float:
+            for site, s in scheme.sites.items():
+                if s.format is None:
+                    raise BindingError(f"site {site} has format float: give it an integer format, or execute as fake")
+        self.scheme = scheme
+        self.scales = scales
+        self.backend = backend
+        self._saturated: dict[str, Tensor] = {}
+
+    # -- the five verbs ------------------------------------------------------------------------------------------
+
+    def quantize(self, site: str, x: Tensor) -> Operand:
+        scheme = self._site(site)
+        if not bool(torch.isfinite(x.detach().abs().amax()) if x.numel() else True):
+            raise NonFiniteError(site)
+        held = scheme.held
+        if held is None:
+            return Operand(site, x)
+        x = x.to(torch.float32)
+        out = self._out_scale(site, scheme, x.shape)
+        scale = dynamic_scale(x, held.qmax, out) if isinstance(out, Granularity) else out
+        codes, saturated = saturate(round_half_even(x / scale), held)
+        self._count(site, saturated)
+        return Operand(site, codes, scale, held)
+
+    def product(
+        self,
+        left: Operand,
+        right: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        parts: tuple[Region, Region] | None = None,
+    ) -> Term:
+        left = self._use(left, "left", None if parts is None else parts[0])
+        right = self._use(right, "right", None if parts is None else parts[1])
+        if left.format is None or right.format is None:
+            acc, scales, bound = left.real() @ right.real(), [], 0
+        else:
+            assert left.scale is not None
+            assert right.scale is not None
+            bound = product_bound(left.codes.shape[-1], left.format, right.format)
+            check_bound(f"{left.site} @ {right.site}", bound, self.scheme.accumulator_bits)
+            code_max = max(left.format.qmax, right.format.qmax)
+            acc = self.backend.matmul(left.codes, right.codes, bound, code_max)
+            scales = [left.scale, right.scale]
+        return self._scaled(acc, scales, bound, max(_bits(left), _bits(right)), coefficient, sign, region)
+
+    def addend(
+        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+    ) -> Term:
+        scales = [] if x.scale is None else [x.scale]
+        bound = 0 if x.format is None else x.format.qmax
+        return self._scaled(x.codes, scales, bound, _bits(x), coefficient, sign, region)
+
+    def store(
+        self,
+        site: str,
+        terms: Sequence[Term],
+        *,
+        shape: Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        compact: bool = False,
+    ) -> Operand:
+        scheme = self._site(site)
+        if scheme.held is None:
+            real = scaled_sum(terms, None, shape)
+            return Operand(site, real if mask is None else real * mask, compact=compact)
+        if self.scheme.requantize != "float":
+            check_fixed_point(site, [t.bound for t in terms])
+        size = tuple(shape) if shape is not None else terms[0].acc.shape
+        result = self.backend.requantize(
+            terms,
+            scheme.held,
+            self._out_scale(site, scheme, size, compact),
+            mode=self.scheme.requantize,
+            shape=shape,
+            mask=mask,
+            compact=compact,
+        )
+        self._count(site, result.saturated)
+        return Operand(site, result.codes, result.scale, scheme.held, compact)
+
+    def read(self, terms: Sequence[Term]) -> Tensor:
+        return scaled_sum(terms)
+
+    # -- what was clipped ----------------------------------------------------------------------------------------
+
+    @property
+    def saturated(self) -> Counter[str]:
+        """Clipped elements per site since the arithmetic was made."""
+        return Counter({site: int(n) for site, n in self._saturated.items() if int(n)})
+
+    def _count(self, site: str, n: Tensor) -> None:
+        self._saturated[site] = self._saturated[site] + n if site in self._saturated else n
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _site(self, site: str) -> SiteScheme:
+        if site not in self.scheme.sites:
+            raise BindingError(f"site {site} has no scheme in this recipe")
+        return self.scheme.sites[site]
+
+    def _scale(self, key: str, shape: Sequence[int], compact: bool = False) -> Tensor:
+        if key not in self.scales:
+            raise BindingError(f"no calibrated scale for site {key}: calibrate with this recipe first")
+        scale = self.scales[key]
+        rows, columns = shape[-2:]
+        if compact:
+            rows = columns = rows * shape[-3]
+        # A decode step has one row where the calibrated chunk had many: its scale covers them all.
+        for axis, size in ((-2, rows), (-1, columns)):
+            if scale.shape[axis] not in (1, size):
+                scale = scale.amax(axis, keepdim=True)
+        if not compact:
+            return scale
+        n = shape[-3]
+        if scale.shape[-2] > 1:
+            return scale.unflatten(-2, (n, -1))
+        return scale.unflatten(-1, (n, -1)).transpose(-3, -2) if scale.shape[-1] > 1 else scale.unsqueeze(-3)
+
+    def _out_scale(
+        self, site: str, scheme: SiteScheme, shape: Sequence[int], compact: bool = False
+    ) -> Tensor | Granularity:
+        if scheme.scale == "dynamic":
+            return scheme.held_granularity
+        return self._scale(site, shape, compact)
+
+    def _use(self, x: Operand, side: Side, part: Region | None) -> Operand:
+        """Operand codes for one side of a product: a carried tensor is requantized, any other taken as it is.
+
+        A dynamic scale is that of the part which takes part; a static one belongs to the whole tensor.
+        """
+        scheme = self._site(x.site)
+        carried = scheme.carry is not None and x.format is not None and scheme.format is not None
+        if part is not None and not (carried and scheme.scale != "dynamic"):
+            x, part = x.part(*part), None
+        if not carried:
+            return x
+        assert x.format is not None
+        assert scheme.format is not None
+        out: Tensor | Granularity = use_granularity(scheme, side)
+        if scheme.scale != "dynamic":
+            out = self._scale(use_key(x.site, side), x.codes.shape, x.compact)
+        term = Term(x.codes, () if x.scale is None else (x.scale,), bound=x.format.qmax)
+        result = self.backend.requantize([term], scheme.format, out, mode=self.scheme.requantize, compact=x.compact)
+        self._count(x.site, result.saturated)
+        used = replace(x, codes=result.codes, scale=result.scale, format=scheme.format)
+        return used if part is None else used.part(*part)
+
+    def _scaled(
+        self,
+        acc: Tensor,
+        scales: list[Tensor],
+        bound: int,
+        bits: int,
+        coefficient: Tensor | None,
+        sign: int,
+        region: Region | None,
+    ) -> Term:
+        if coefficient is None:
+            return Term(acc, tuple(scales), sign, bound, region)
+        heads = coefficient.shape[-3]
+        acc, scales = repeat_heads(acc, heads), [repeat_heads(s, heads) for s in scales]
+        if not scales:  # real numbers
+            return Term(acc * coefficient, (), sign, 0, region)
+        fraction = coefficient_bits(bound, bits)
+        wide = bound * COEFFICIENT_MAX * 2**fraction
+        acc = self.backend.multiply(acc, coefficient_codes(coefficient, fraction), wide)
+        unit = torch.tensor([[[2.0**-fraction]]], dtype=torch.float32, device=acc.device)
+        return Term(acc, (*scales, unit), sign, wide, region)
+
+
+def _bits(x: Operand) -> int:
+    return 0 if x.format is None else x.format.bits

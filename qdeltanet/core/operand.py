@@ -1,0 +1,99 @@
+"""A tensor of the rule as the arithmetics hand it on: codes with their scale, or real numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .formats import IntFormat
+
+
+@dataclass(frozen=True)
+class Operand:
+    """codes [..., H, R, C] with a float32 scale that broadcasts against them.
+
+    format: None where codes are real numbers (scale None). compact: a register of the inverse held as its blocks on
+    the diagonal, [..., H, n, b, b].
+    """
+
+    site: str
+    codes: Tensor
+    scale: Tensor | None = None
+    format: IntFormat | None = None
+    compact: bool = False
+
+    @property
+    def mT(self) -> Operand:
+        return replace(self, codes=self.codes.mT, scale=None if self.scale is None else self.scale.mT)
+
+    def __getitem__(self, n: int) -> Operand:
+        """Chunk n of [N, B, H, R, C]."""
+        scale = self.scale[n] if self.scale is not None and self.scale.dim() > 3 else self.scale
+        return replace(self, codes=self.codes[n], scale=scale)
+
+    def part(self, rows: slice, columns: slice) -> Operand:
+        """Some rows and columns of the matrix (of each block, where compact)."""
+        scale = self.scale
+        if scale is not None:
+            scale = scale[..., rows, :] if scale.shape[-2] > 1 else scale
+            scale = scale[..., columns] if scale.shape[-1] > 1 else scale
+        return replace(self, codes=self.codes[..., rows, columns], scale=scale)
+
+    def real(self) -> Tensor:
+        """float32 values."""
+        return self.codes.to(torch.float32) if self.scale is None else self.codes.to(torch.float32) * self.scale
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., H, R, C] -> [..., heads, R, C]: each key head serves heads // H consecutive value heads."""
+    if x.dim() < 3 or x.shape[-3] in (1, heads):
+        return x
+    return x.repeat_interleave(heads // x.shape[-3], dim=-3)
+
+
+def _split_axis(scale: Tensor, axis: int, block: int) -> Tensor:
+    """[..., C, 1] -> [..., n, b, 1] or [..., 1, C] -> [..., n, 1, b]; a scale that keeps no axis gains one of 1."""
+    if scale.shape[axis] == 1:
+        return scale
+    blocks = scale.unflatten(axis, (-1, block))
+    return blocks if axis == -2 else blocks.transpose(-3, -2)
+
+
+def diagonal_blocks(x: Operand, block: int) -> Operand:
+    """The [block, block] blocks on the diagonal of a [..., C, C] operand (whole or compact), compact."""
+    if x.compact and x.codes.shape[-1] == block:
+        return x
+    if x.compact:
+        return _embed(x, block)
+    codes = x.codes.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    scale = x.scale
+    if scale is not None:
+        kept = next((axis for axis in (-2, -1) if scale.shape[axis] > 1), None)
+        scale = scale.unsqueeze(-3) if kept is None else _split_axis(scale, kept, block)
+    return replace(x, codes=codes, scale=scale, compact=True)
+
+
+def _embed(x: Operand, block: int) -> Operand:
+    """Smaller diagonal blocks into larger ones, zeros between."""
+    *lead, n, b, _ = x.codes.shape
+    f = block // b
+    codes = x.codes.new_zeros(*lead, n // f, block, block)
+    view = codes.view(*lead, n // f, f, b, f, b).diagonal(dim1=-4, dim2=-2)
+    view.copy_(x.codes.view(*lead, n // f, f, b, b).movedim(-3, -1))
+    scale = x.scale
+    if scale is not None and scale.shape[-3] > 1:
+        kept = -2 if scale.shape[-2] > 1 else -1
+        merged = scale if kept == -2 else scale.transpose(-1, -2)
+        merged = merged.unflatten(-3, (n // f, f)).flatten(-3, -2)
+        scale = merged if kept == -2 else merged.transpose(-1, -2)
+    return replace(x, codes=codes, scale=scale)
+
+
+def whole(x: Operand) -> Operand:
+    """A compact operand of one block as an ordinary [..., C, C] one."""
+    if not x.compact:
+        return x
+    assert x.codes.shape[-3] == 1, "only one block spans the matrix"
+    return replace(x, codes=x.codes.squeeze(-3), scale=None if x.scale is None else x.scale.squeeze(-3), compact=False)

@@ -1,0 +1,173 @@
+"""Binding: a rule's scheme is checked against its plan and sizes before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core import (
+    TINY,
+    BindingError,
+    Granularity,
+    IntFormat,
+    RuleScheme,
+    SiteScheme,
+    check_bound,
+    power_of_two_ceil,
+    product_bound,
+    use_granularity,
+    use_key,
+)
+from ..inverse import Plan
+from .sites import CARRIED, granularity_of, is_register, kept_axis, rule_sites, used_sides
+
+# Products of the rule: (name, left site, right site, contracted axis).
+PRODUCTS = (
+    ("A", "k", "k", "K"),
+    ("attn", "q", "k", "K"),
+    ("u", "T", "v_beta", "C"),
+    ("w", "T", "k_beta", "C"),
+    ("v_new", "w", "state", "K"),
+    ("o", "q_decay", "state", "K"),
+    ("o", "attn", "v_new", "C"),
+    ("state", "k_decay", "v_new", "C"),
+)
+
+
+@dataclass(frozen=True)
+class ScaleSpec:
+    """One static scale that a scheme needs: which observations make it, and for which codes."""
+
+    key: str
+    site: str
+    granularity: Granularity
+    format: IntFormat
+    bound: bool = False
+
+
+def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
+    """Resolve `finest` and prove every bound. Returns the scheme to run with.
+
+    key_dim: K, the axis that q, k, w and state products contract. Raises BindingError that names the site or step.
+    """
+    sites = {site: _resolve(site, _scheme_of(scheme, site), plan) for site in rule_sites(plan)}
+    bound = replace(scheme, sites=sites)
+    size = {"K": key_dim, "C": plan.chunk_size}
+    for name, left, right, axis in PRODUCTS:
+        _check_product(name, sites[left], sites[right], size[axis], scheme.accumulator_bits)
+    for step in plan.steps:
+        if step.right is not None:
+            schemes = [sites[_site(plan, r)] for r in (step.left, step.right)]
+            _check_product(f"inverse.{step.out}", schemes[0], schemes[1], plan.chunk_size, scheme.accumulator_bits)
+    return bound
+
+
+def _site(plan: Plan, register: str) -> str:
+    """Site of a register; a copy of A is A."""
+    if register in ("A", "T"):
+        return register
+    return f"inverse.{register}" if register in plan.registers else "A"
+
+
+def _scheme_of(scheme: RuleScheme, site: str) -> SiteScheme:
+    if site not in scheme.sites:
+        raise BindingError(f"site {site} has no scheme in this recipe")
+    return scheme.sites[site]
+
+
+def _resolve(site: str, s: SiteScheme, plan: Plan) -> SiteScheme:
+    if s.format is None:
+        return s
+    if s.carry is not None:
+        if not (is_register(site) or site in CARRIED):
+            raise BindingError(f"site {site}: only {', '.join(CARRIED)} and registers of the inverse can be carried")
+        if s.carry.bits < s.format.bits:
+            raise BindingError(f"site {site}: carry {s.carry.name} is narrower than its format {s.format.name}")
+    if s.scale == "bound" and not (site in ("A", "T") or is_register(site)):
+        raise BindingError(f"site {site}: no range is proven for it; use scale: calibrated or dynamic")
+    if s.scale == "bound" and site.removeprefix("inverse.") not in plan.bounded:
+        raise BindingError(
+            f"site {site}: {plan.method} has no proven range for this register; use scale: calibrated or dynamic, "
+            "or block_merge with radix 2 throughout"
+        )
+    return replace(s, granularity=_granularity(site, s, plan))
+
+
+def _granularity(site: str, s: SiteScheme, plan: Plan) -> Granularity:
+    """`finest` by the axis that consumers leave; an explicit axis is refused where a product contracts it."""
+    axis = kept_axis(site, plan)
+    if s.carry is not None:
+        if s.granularity in (Granularity.PER_TOKEN, Granularity.PER_CHANNEL):
+            raise BindingError(
+                f"site {site}: a carried site takes per_tensor, per_head or finest, not {s.granularity.value}"
+            )
+        return s.granularity
+    if s.granularity is Granularity.FINEST:
+        if axis is None:
+            raise BindingError(
+                f"site {site}: its products contract both axes, so finest needs a carried format (carry: int16)"
+            )
+        return granularity_of(axis)
+    kept = {Granularity.PER_TOKEN: "token", Granularity.PER_CHANNEL: "channel"}.get(s.granularity)
+    if kept is not None and kept != axis:
+        raise BindingError(
+            f"site {site}: {s.granularity.value} keeps an axis that a product contracts"
+            + (f"; {granularity_of(axis).value} is possible" if axis else "; use per_head")
+        )
+    return s.granularity
+
+
+def _check_product(step: str, left: SiteScheme, right: SiteScheme, contracted: int, accumulator_bits: int) -> None:
+    if left.format is None or right.format is None:
+        return
+    check_bound(step, product_bound(contracted, left.format, right.format), accumulator_bits)
+
+
+def scale_specs(scheme: RuleScheme, plan: Plan) -> list[ScaleSpec]:
+    """Every static scale that a bound scheme needs, by key."""
+    specs = []
+    for site in rule_sites(plan):
+        s = scheme.sites[site]
+        if s.format is None or s.scale == "dynamic" or s.held is None:
+            continue
+        bound = s.scale == "bound"
+        specs.append(ScaleSpec(site, site, s.held_granularity, s.held, bound))
+        if s.carry is not None:
+            for side in used_sides(site, plan):
+                specs.append(ScaleSpec(use_key(site, side), site, use_granularity(s, side), s.format, bound))
+    return specs
+
+
+def make_scales(
+    specs: list[ScaleSpec],
+    amax: Mapping[tuple[str, Granularity], Tensor],
+    *,
+    shared: bool = False,
+    power_of_two: bool = False,
+    beta_max: float = 1.0,
+) -> dict[str, Tensor]:
+    """Static scales max(amax, 2^-100) / qmax, float32 [H or 1, R or 1, C or 1], by key.
+
+    amax: observed maxima by (site, granularity). shared: one range for all registers of the inverse (and A), as a
+    naive port would have. beta_max: the proven range of bound sites.
+    """
+    ranges = {}
+    for spec in specs:
+        ranges[spec.key] = torch.full((1, 1, 1), beta_max) if spec.bound else amax[spec.site, spec.granularity]
+    if shared:
+        ranges |= _shared([s.key for s in specs if is_register(s.site) or s.site in ("A", "T")], ranges)
+    scales = {}
+    for spec in specs:
+        scale = ranges[spec.key].to(torch.float32).clamp(min=TINY) / spec.format.qmax
+        scales[spec.key] = power_of_two_ceil(scale) if power_of_two else scale
+    return scales
+
+
+def _shared(keys: list[str], ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One range per head over all the given keys."""
+    heads = max((ranges[key].shape[0] for key in keys), default=1)
+    tops = [ranges[key].amax((-1, -2), keepdim=True).expand(heads, 1, 1) for key in keys]
+    return {key: torch.stack(tops).amax(0) for key in keys}

@@ -1,0 +1,87 @@
+"""The float32 front end of the chunkwise rule: normalisation, padding, decay. It runs in torch, once, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import QDeltaNetError, repeat_heads
+
+
+@dataclass(frozen=True)
+class Front:
+    """Chunked float32 inputs; N chunks, B sequences, HK key heads, H value heads, C tokens.
+
+    q, k: [N, B, HK, C, K]; v_beta: [N, B, H, C, V]; k_beta, q_decay, k_decay: [N, B, H, C, K];
+    write_decay (beta_i D_ij below the diagonal), pairwise_decay: [N, B, H, C, C]; chunk_decay: [N, B, H, 1, 1].
+    """
+
+    q: Tensor
+    k: Tensor
+    v_beta: Tensor
+    k_beta: Tensor
+    q_decay: Tensor
+    k_decay: Tensor
+    write_decay: Tensor
+    pairwise_decay: Tensor
+    chunk_decay: Tensor
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last axis, as flash-linear-attention and transformers do."""
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps)
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> None:
+    """Raise QDeltaNetError that names the argument whose shape does not fit."""
+    if query.dim() != 4 or key.shape != query.shape:
+        raise QDeltaNetError(f"query {list(query.shape)} and key {list(key.shape)}: both must be [B, T, HK, K]")
+    batch, tokens, key_heads, _ = key.shape
+    if value.dim() != 4 or value.shape[:2] != (batch, tokens):
+        raise QDeltaNetError(f"value {list(value.shape)}: must be [B, T, H, V] with B, T = {batch}, {tokens}")
+    heads = value.shape[2]
+    if heads % key_heads:
+        raise QDeltaNetError(f"{heads} value heads are no multiple of {key_heads} key heads")
+    for name, x in (("g", g), ("beta", beta)):
+        if x.shape != (batch, tokens, heads):
+            raise QDeltaNetError(f"{name} {list(x.shape)}: must be [B, T, H] = {[batch, tokens, heads]}")
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int, normalise: bool
+) -> Front:
+    """Everything float that depends on one chunk only. Arguments as `chunk_gated_delta_rule`."""
+    heads = value.shape[2]
+    if normalise:
+        query, key = l2norm(query.float()), l2norm(key.float())
+    q = _chunked(query, chunk_size) * query.shape[-1] ** -0.5
+    k = _chunked(key, chunk_size)
+    v = _chunked(value, chunk_size)
+    beta_ = _chunked(beta.unsqueeze(-1), chunk_size)
+    cum_decay = _chunked(g.unsqueeze(-1), chunk_size).cumsum(dim=-2)  # [N, B, H, C, 1]
+    # The mask comes after exp: above the diagonal differences are positive and would overflow, so zero them first.
+    pairwise_decay = (cum_decay - cum_decay.mT).tril().exp().tril()
+    last = cum_decay[..., -1:, :]
+    decay = cum_decay.exp()
+    k_heads = repeat_heads(k, heads)
+    return Front(
+        q=q,
+        k=k,
+        v_beta=v * beta_,
+        k_beta=k_heads * (beta_ * decay),
+        q_decay=repeat_heads(q, heads) * decay,
+        k_decay=k_heads * (last - cum_decay).exp(),
+        write_decay=(pairwise_decay * beta_).tril(-1),
+        pairwise_decay=pairwise_decay,
+        chunk_decay=last.exp(),
+    )
+
+
+def _chunked(x: Tensor, chunk_size: int) -> Tensor:
+    """[B, T, H, D] -> float32 [N, B, H, C, D], zero-padded to whole chunks."""
+    batch, tokens, heads, width = x.shape
+    x = F.pad(x.to(torch.float32), (0, 0, 0, 0, 0, -tokens % chunk_size))
+    return x.view(batch, -1, chunk_size, heads, width).permute(1, 0, 3, 2, 4).contiguous()
