@@ -14,7 +14,7 @@ from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic
 from .backend import Backend, FloatContainers
 from .errors import BindingError, NonFiniteError, QDeltaNetError, unknown
 from .formats import IntFormat
-from .granularity import TINY, Granularity, dynamic_scale, grouped
+from .granularity import TINY, Granularity, dynamic_scale, fit_scale, grouped
 from .integer import IntegerArithmetic
 from .metrics import relative_error, sqnr, sqnr_from_energy
 from .operand import Operand, diagonal_blocks, repeat_heads, whole
@@ -30,7 +30,7 @@ from .quantize import (
     straight_through,
 )
 from .requantize import MODES, Mode, Region, Result, Term, requantize, scaled_sum
-from .scheme import RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
+from .scheme import ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
 
 __all__ = [
     "COEFFICIENT_BITS",
@@ -51,6 +51,7 @@ __all__ = [
     "NonFiniteError",
     "ObservingArithmetic",
     "Operand",
+    "ProjectionScheme",
     "QDeltaNetError",
     "Region",
     "Result",
@@ -68,6 +69,7 @@ __all__ = [
     "dynamic_scale",
     "exact_matmul",
     "fake_quantize",
+    "fit_scale",
     "grouped",
     "power_of_two_ceil",
     "product_bound",

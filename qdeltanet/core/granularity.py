@@ -7,6 +7,7 @@ holds only its blocks on the diagonal: [..., H, n, b, b].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -55,6 +56,26 @@ def dynamic_scale(x: Tensor, qmax: int, granularity: Granularity, compact: bool 
     """max(amax, 2^-100) / qmax in float32, leading axes (chunk, batch) kept, so no result depends on its batch."""
     amax = x.detach().abs().amax(dim=reduced_dims(granularity, compact), keepdim=True)
     return amax.to(torch.float32).clamp(min=TINY) / qmax
+
+
+def fit_scale(scale: Tensor, shape: Sequence[int], compact: bool = False) -> Tensor:
+    """A static scale [H or 1, R or 1, C or 1] made to broadcast against a tensor of `shape`.
+
+    A decode step has one row where the calibrated chunk had many: its scale is the largest of them.
+    """
+    rows, columns = shape[-2:]
+    if compact:
+        rows = columns = rows * shape[-3]
+    for axis, size in ((-2, rows), (-1, columns)):
+        if scale.shape[axis] not in (1, size):
+            scale = scale.amax(axis, keepdim=True)
+    if not compact:
+        return scale
+    if scale.shape[-2] > 1:
+        return scale.unflatten(-2, (shape[-3], -1))
+    if scale.shape[-1] > 1:
+        return scale.unflatten(-1, (shape[-3], -1)).transpose(-3, -2)
+    return scale.unsqueeze(-3)
 
 
 def grouped(x: Tensor, granularity: Granularity, compact: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .accumulate import COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
 from .backend import Backend
 from .errors import BindingError, NonFiniteError
-from .granularity import Granularity, dynamic_scale
+from .granularity import Granularity, dynamic_scale, fit_scale
 from .operand import Operand, repeat_heads
 from .quantize import coefficient_codes, round_half_even, saturate
 from .requantize import Region, Term, check_fixed_point, scaled_sum
@@ -139,20 +139,7 @@ class IntegerArithmetic:
     def _scale(self, key: str, shape: Sequence[int], compact: bool = False) -> Tensor:
         if key not in self.scales:
             raise BindingError(f"no calibrated scale for site {key}: calibrate with this recipe first")
-        scale = self.scales[key]
-        rows, columns = shape[-2:]
-        if compact:
-            rows = columns = rows * shape[-3]
-        # A decode step has one row where the calibrated chunk had many: its scale covers them all.
-        for axis, size in ((-2, rows), (-1, columns)):
-            if scale.shape[axis] not in (1, size):
-                scale = scale.amax(axis, keepdim=True)
-        if not compact:
-            return scale
-        n = shape[-3]
-        if scale.shape[-2] > 1:
-            return scale.unflatten(-2, (n, -1))
-        return scale.unflatten(-1, (n, -1)).transpose(-3, -2) if scale.shape[-1] > 1 else scale.unsqueeze(-3)
+        return fit_scale(self.scales[key], shape, compact)
 
     def _out_scale(
         self, site: str, scheme: SiteScheme, shape: Sequence[int], compact: bool = False

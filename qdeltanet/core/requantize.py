@@ -154,7 +154,9 @@ def fixed_point(
     shift = (bits - torch.frexp(largest).exponent).clamp(1, 62).long()
     total = torch.zeros(out, dtype=torch.int64, device=out_scale.device)
     for term, m32 in zip(terms, mult, strict=True):
-        product = term.acc.detach().long() * torch.round(torch.ldexp(m32.double(), shift)).long()
+        # The clamp only meets multipliers of 2^(bits - 1) and more (a tensor that calibration saw as zero): they saturate.
+        fixed = torch.round(torch.ldexp(m32.double(), shift)).clamp(-(2.0**bits), 2.0**bits).long()
+        product = term.acc.detach().long() * fixed
         if term.region is None:
             total = total + product
         else:

@@ -64,3 +64,14 @@ class RuleScheme:
     sites: Mapping[str, SiteScheme]
     requantize: Mode = "float"
     accumulator_bits: int = 64
+
+
+@dataclass(frozen=True)
+class ProjectionScheme:
+    """Integer execution of one projection: weight codes per output channel, activations per token or per tensor.
+
+    weight: format of the weight codes. activation: `dynamic` per_token, or `calibrated` per_tensor.
+    """
+
+    weight: IntFormat
+    activation: SiteScheme

@@ -1,12 +1,14 @@
 """The gated delta rule: one dataflow over any arithmetic, its sites, and the recurrent reference."""
 
-from .binding import ScaleSpec, bind, make_scales, scale_specs
+from .binding import Dimensions, LayerScheme, ScaleSpec, bind, make_scales, scale_shape, scale_specs
 from .chunk import chunk_gated_delta_rule, run_rule
 from .recurrent import recurrent_gated_delta_rule
 from .sites import SITES, Site, rule_sites
 
 __all__ = [
     "SITES",
+    "Dimensions",
+    "LayerScheme",
     "ScaleSpec",
     "Site",
     "bind",
@@ -15,5 +17,6 @@ __all__ = [
     "recurrent_gated_delta_rule",
     "rule_sites",
     "run_rule",
+    "scale_shape",
     "scale_specs",
 ]

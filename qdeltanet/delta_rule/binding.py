@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..core import (
     BindingError,
     Granularity,
     IntFormat,
+    ProjectionScheme,
     RuleScheme,
     SiteScheme,
     check_bound,
@@ -22,7 +23,7 @@ from ..core import (
     use_key,
 )
 from ..inverse import Plan
-from .sites import CARRIED, granularity_of, is_register, kept_axis, rule_sites, used_sides
+from .sites import CARRIED, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
 
 # Products of the rule: (name, left site, right site, contracted axis).
 PRODUCTS = (
@@ -141,6 +142,31 @@ def scale_specs(scheme: RuleScheme, plan: Plan) -> list[ScaleSpec]:
     return specs
 
 
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a layer. beta_max: 1, or 2 for families with negative eigenvalues."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    beta_max: float = 1.0
+
+
+def scale_shape(spec: ScaleSpec, dims: Dimensions, chunk_size: int) -> tuple[int, int, int]:
+    """Shape of a static scale, [H or 1, R or 1, C or 1]."""
+    if spec.bound or spec.granularity is Granularity.PER_TENSOR:
+        return 1, 1, 1
+    table = SITES.get(spec.site)
+    heads = dims.key_heads if table is not None and table.heads == "key" else dims.value_heads
+    if spec.granularity is Granularity.PER_HEAD:
+        return heads, 1, 1
+    sizes = {"C": chunk_size, "K": dims.key_dim, "V": dims.value_dim}
+    rows, columns = (table.shape if table is not None else "[C, C]").strip("[]").split(", ")
+    return (heads, sizes[rows], 1) if spec.granularity is Granularity.PER_TOKEN else (heads, 1, sizes[columns])
+
+
 def make_scales(
     specs: list[ScaleSpec],
     amax: Mapping[tuple[str, Granularity], Tensor],
@@ -161,9 +187,18 @@ def make_scales(
         ranges |= _shared([s.key for s in specs if is_register(s.site) or s.site in ("A", "T")], ranges)
     scales = {}
     for spec in specs:
-        scale = ranges[spec.key].to(torch.float32).clamp(min=TINY) / spec.format.qmax
+        scale = _alive(ranges[spec.key].to(torch.float32)).clamp(min=TINY) / spec.format.qmax
         scales[spec.key] = power_of_two_ceil(scale) if power_of_two else scale
     return scales
+
+
+def _alive(amax: Tensor) -> Tensor:
+    """A row or column that was zero throughout (row 0 of T always is) takes the largest range of its head.
+
+    Its own range would be next to nothing: the next value there saturates, and in fixed point, where a matrix has one
+    shift, its multiplier would leave no bits to the others.
+    """
+    return torch.where(amax > 0, amax, amax.amax((-1, -2), keepdim=True))
 
 
 def _shared(keys: list[str], ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,3 +206,22 @@ def _shared(keys: list[str], ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
     heads = max((ranges[key].shape[0] for key in keys), default=1)
     tops = [ranges[key].amax((-1, -2), keepdim=True).expand(heads, 1, 1) for key in keys]
     return {key: torch.stack(tops).amax(0) for key in keys}
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """What one Gated DeltaNet layer runs: the inverse's plan, the sites' schemes, the projections.
+
+    rule: None leaves the rule in floating point. shared_rescale: one scale for all registers of the inverse.
+    """
+
+    plan: Plan
+    rule: RuleScheme | None
+    projections: Mapping[str, ProjectionScheme] = field(default_factory=dict)
+    shared_rescale: bool = False
+
+    def bound(self, key_dim: int) -> RuleScheme:
+        """The rule's scheme bound to this plan and head dimension. Raises BindingError."""
+        if self.rule is None:
+            raise BindingError("this recipe leaves the rule in float: execute it as float")
+        return bind(self.rule, self.plan, key_dim)

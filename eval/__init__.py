@@ -1,0 +1,1 @@
+"""Embedded models, lm-eval tasks and everything that compares a quantized model with the float one."""

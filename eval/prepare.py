@@ -1,0 +1,78 @@
+"""From a name, a recipe and a calibration to a model that executes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs_calibration
+from ..core import QDeltaNetError
+from ..models import delta_net_layers, load_model, quantize_model, set_execution
+from ..nn import Execution
+from ..recipe import Recipe, load_recipe
+from .embedded import model_path
+
+
+def prepare_model(
+    name: str,
+    recipe: Recipe | None = None,
+    calibration: Calibration | None = None,
+    execution: Execution = "integer",
+    backend: str = "cpu",
+    dtype: str = "float32",
+) -> Any:
+    """Load a model (embedded name, directory or hub id), quantize it and choose its execution.
+
+    An exported checkpoint brings its own recipe and scales. recipe None leaves a float model as transformers made it.
+    Raises QDeltaNetError if the recipe needs a calibration that is not given, or the calibration is of another recipe.
+    """
+    model = load_model(model_path(name), dtype=dtype)
+    if delta_net_layers(model):
+        if recipe is not None:
+            raise QDeltaNetError(f"{name} is an exported checkpoint with its own recipe; leave --recipe out")
+        set_execution(model, execution, backend)
+        return model
+    if recipe is None:
+        return model
+    layers = quantize_model(model, recipe)
+    if calibration is not None and calibration.recipe.fingerprint != recipe.fingerprint:
+        raise QDeltaNetError(
+            f"the calibration is of recipe {calibration.recipe.name!r} ({calibration.recipe.fingerprint[:12]}), not of "
+            f"{recipe.name!r} ({recipe.fingerprint[:12]}): calibrate with this recipe"
+        )
+    if calibration is not None:
+        calibration.apply(model)
+    elif execution != "float" and needs_calibration(recipe, layers):
+        raise QDeltaNetError(
+            f"recipe {recipe.name} has static scales: pass --calibration DIR (see `qdeltanet calibrate`)"
+        )
+    else:
+        calibrate_weights(layers)
+        _fill_bounds(layers)
+    set_execution(model, "float" if recipe.is_float else execution, backend)
+    return model
+
+
+def _fill_bounds(layers: dict[int, Any]) -> None:
+    """Scales of proven ranges need no data."""
+    from ..delta_rule import make_scales
+
+    for layer in layers.values():
+        if layer.specs and all(spec.bound for spec in layer.specs):
+            layer.scales.fill(make_scales(layer.specs, {}, beta_max=layer.dims.beta_max))
+
+
+def saturation(model: Any) -> Counter[str]:
+    """Clipped elements per `layer.site` since execution was chosen."""
+    total: Counter[str] = Counter()
+    for index, layer in delta_net_layers(model).items():
+        total.update({f"{index}.{site}": n for site, n in layer.saturated.items()})
+    return total
+
+
+def prepare_from_args(pretrained: str, recipe: str | None, calibration: str | None, **kwargs: Any) -> Any:
+    """`prepare_model` from lm-eval's --model_args strings: recipe name or file, calibration directory."""
+    loaded = None if calibration is None else load_calibration(Path(calibration))
+    chosen = load_recipe(recipe) if recipe is not None else (loaded.recipe if loaded is not None else None)
+    return prepare_model(pretrained, chosen, loaded, **kwargs)

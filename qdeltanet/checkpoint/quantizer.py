@@ -1,0 +1,114 @@
+"""The transformers side of loading: `quant_method: qdeltanet`. Importing this module registers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..core import QDeltaNetError
+from ..core.files import sha256_file
+from ..models import quantize_model, set_execution
+from ..recipe import parse_recipe
+from .export import FORMAT_VERSION, METHOD, exported_tensors
+
+KEYS = {"quant_method", "version", "recipe", "files", "tensors"}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@register_quantization_config(METHOD)
+class QDeltaNetConfig(QuantizationConfigMixin):
+    """`quantization_config` of an exported checkpoint: format version, recipe, file digests."""
+
+    def __init__(self, **content: Any) -> None:
+        unknown = sorted(set(content) - KEYS)
+        if unknown:
+            raise QDeltaNetError(f"quantization_config: unknown keys {', '.join(unknown)}")
+        missing = sorted(KEYS - {"quant_method"} - set(content))
+        if missing:
+            raise QDeltaNetError(f"quantization_config lacks {', '.join(missing)}: export the model again")
+        if content["version"] != FORMAT_VERSION:
+            raise QDeltaNetError(
+                f"checkpoint format {content['version']!r}: this qdeltanet reads version {FORMAT_VERSION}; "
+                "export again, or install the version that wrote it"
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version, self.recipe = content["version"], content["recipe"]
+        self.files, self.tensors = content["files"], content["tensors"]
+
+
+@register_quantizer(METHOD)
+class QDeltaNetQuantizer(HfQuantizer):
+    """Swaps the layers in before weights are read, and refuses files that do not fit them."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QDeltaNetConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
+
+    def is_serializable(self) -> bool:
+        return False  # an exported checkpoint is written by `export_checkpoint`, whole
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        quantize_model(model, parse_recipe(self.config.recipe, where="quantization_config.recipe"))
+        for module in model.modules():
+            if hasattr(module, "original"):
+                module.original = None
+        check_files([Path(f) for f in checkpoint_files or ()], self.config.files, model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        set_execution(model, "integer")
+        return model
+
+
+def check_files(files: Sequence[Path], digests: dict[str, str], model: Any) -> None:
+    """Compare the files with what was exported and with what the model expects; name every mismatch at once.
+
+    Raises QDeltaNetError before a single tensor is loaded.
+    """
+    problems = [f"{name} is missing" for name in digests if name not in {f.name for f in files}]
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    part = opened.get_slice(key)
+                    found[key] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
+        except (SafetensorError, OSError) as e:
+            problems.append(f"{file.name} cannot be read ({str(e).splitlines()[0]})")
+            continue
+        if digests.get(file.name) != sha256_file(file):
+            problems.append(f"{file.name} is not the file that was exported (sha256 differs)")
+    problems += _mismatches(found, model) if found else []
+    if problems:
+        raise QDeltaNetError("damaged checkpoint: " + "; ".join(problems) + "; export it again")
+
+
+def _mismatches(found: dict[str, tuple[tuple[int, ...], torch.dtype]], model: Any) -> list[str]:
+    expected = {k: (tuple(v.shape), v.dtype) for k, v in exported_tensors(model).items()}
+    problems = [f"missing tensor {k}" for k in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected tensor {k}" for k in sorted(found.keys() - expected.keys())]
+    for key in sorted(expected.keys() & found.keys()):
+        (shape, dtype), (own_shape, own_dtype) = expected[key], found[key]
+        if shape != own_shape:
+            problems.append(f"{key} has shape {list(own_shape)}, expected {list(shape)}")
+        if dtype != own_dtype and not (dtype.is_floating_point and own_dtype.is_floating_point):
+            problems.append(f"{key} is {own_dtype}, expected {dtype}")
+    return problems

@@ -1,0 +1,43 @@
+"""Load models and tokenizers by hub id or directory, with one-line errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..core import QDeltaNetError
+
+
+def load_model(name: str, dtype: str = "float32", **kwargs: Any) -> Any:
+    """A causal language model in evaluation mode. name: hub id or directory; only safetensors are read.
+
+    Raises QDeltaNetError if it cannot be found or read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **kwargs)
+    except QDeltaNetError:
+        raise
+    except Exception as e:  # transformers, hub and safetensors each have their own
+        raise QDeltaNetError(_explain("model", name, e)) from e
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Raises QDeltaNetError if it cannot be found or read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as e:
+        raise QDeltaNetError(_explain("tokenizer of", name, e)) from e
+
+
+def _explain(what: str, name: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not Path(name).exists() and (
+        "not a valid model identifier" in first or "offline" in first or "connect" in first
+    ):
+        return f"{what} {name!r}: no such directory, and the hub does not have it or cannot be reached"
+    return f"{what} {name!r}: {first}"

@@ -1,0 +1,18 @@
+"""Quantized modules: Gated DeltaNet and its projections."""
+
+from .execution import EXECUTIONS, Execution
+from .gated_deltanet import GatedDeltaNet, pack_state, unpack_state
+from .linear import QuantLinear
+from .scales import Scales
+from .weights import quantize_weight
+
+__all__ = [
+    "EXECUTIONS",
+    "Execution",
+    "GatedDeltaNet",
+    "QuantLinear",
+    "Scales",
+    "pack_state",
+    "quantize_weight",
+    "unpack_state",
+]

@@ -1,0 +1,1 @@
+"""Recipes that ship: YAML read by `qdeltanet.recipe`."""
