@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
+# Threads that wait by spinning bring a shared machine to a halt; ours sleep.
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint clean

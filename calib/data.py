@@ -61,10 +61,9 @@ def _sequences(documents: Iterator[str], tokenizer: Any, seq_len: int) -> Iterat
 
 
 def _documents(name: str, text_column: str | None) -> Iterator[str]:
-    rows = _open(name)
     column = text_column
     empty = True
-    for row in rows:
+    for row in _rows(name):
         if column is None or column not in row:
             column = _text_column(name, row, text_column)
         if row[column]:
@@ -83,24 +82,28 @@ def _text_column(name: str, row: dict[str, Any], wanted: str | None) -> str:
     return "text" if "text" in strings else strings[0]
 
 
-def _open(name: str) -> Any:
-    """Rows of a local file or a streamed hub dataset."""
-    from datasets import load_dataset
-
-    path = Path(name)
+def _rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a local file or a streamed hub dataset, with one-line errors."""
     try:
-        if path.suffix in LOADERS:
-            if not path.is_file():
-                raise QDeltaNetError(f"dataset {name}: no such file")
-            if path.stat().st_size == 0:
-                raise QDeltaNetError(f"dataset {name}: the file is empty")
-            return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
-        if path.exists():
-            raise QDeltaNetError(f"dataset {name}: local files end in {', '.join(LOADERS)}")
-        dataset, config, split = (*name.split(":"), "", "")[:3]
-        return load_dataset(dataset, config or None, split=split or "train", streaming=True)
-    except QDeltaNetError:
+        yield from _open(name)
+    except (QDeltaNetError, GeneratorExit):
         raise
     except Exception as e:  # datasets, hub and parsers each have their own
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise QDeltaNetError(f"dataset {name}: {first}") from e
+        raise QDeltaNetError(f"dataset {name}: cannot be read ({first})") from e
+
+
+def _open(name: str) -> Any:
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.suffix in LOADERS:
+        if not path.is_file():
+            raise QDeltaNetError(f"dataset {name}: no such file")
+        if path.stat().st_size == 0:
+            raise QDeltaNetError(f"dataset {name}: the file is empty")
+        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    if path.exists():
+        raise QDeltaNetError(f"dataset {name}: local files end in {', '.join(LOADERS)}")
+    dataset, config, split = (*name.split(":"), "", "")[:3]
+    return load_dataset(dataset, config or None, split=split or "train", streaming=True)

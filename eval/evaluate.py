@@ -21,6 +21,7 @@ from .embedded import model_path
 from .lm import QDeltaNetLM
 from .prepare import prepare_model, saturation
 from .statistics import Documents, documents, paired
+from .task_data import TASKS
 from .task_files import task_manager
 
 
@@ -48,14 +49,19 @@ class RowResult:
 
 
 def run_row(
-    model_name: str, row: Row, tasks: Sequence[str], *, limit: int | None = None, batch_size: int = 64
+    model_name: str,
+    row: Row,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+    dtype: str = "float32",
 ) -> RowResult:
     """One model over all tasks. Raises QDeltaNetError for unknown tasks or tasks that cannot be loaded."""
-    manager = task_manager()
-    check_tasks(tasks, manager)
+    manager = manager_for(tasks)
     name = row.model or model_name
     start = time.monotonic()
-    model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend)
+    model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, dtype)
     lm = QDeltaNetLM(model, tokenizer=load_tokenizer(model_path(name)), batch_size=batch_size)
     try:
         results = lm_eval.simple_evaluate(
@@ -69,13 +75,18 @@ def run_row(
     return RowResult(row, measured, dict(saturation(model)), time.monotonic() - start)
 
 
-def check_tasks(tasks: Sequence[str], manager: TaskManager) -> None:
-    """Raise QDeltaNetError for a task that lm-eval does not know."""
+def manager_for(tasks: Sequence[str]) -> TaskManager:
+    """The manager that knows the tasks: ours alone, or with lm-eval's own, which take seconds to list.
+
+    Raises QDeltaNetError for a task that neither knows.
+    """
     if not tasks:
         raise QDeltaNetError("no tasks given; e.g. --tasks recall,bytes")
+    manager = task_manager(include_defaults=bool(set(tasks) - set(TASKS)))
     for task in tasks:
         if task not in manager.all_tasks:
-            raise unknown("task", task, ["recall", "bytes", *manager.all_tasks])
+            raise unknown("task", task, [*TASKS, *manager.all_tasks])
+    return manager
 
 
 def evaluate(
@@ -85,6 +96,7 @@ def evaluate(
     *,
     limit: int | None = None,
     batch_size: int = 64,
+    dtype: str = "float32",
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Every row over the same documents; the first row is the baseline of the paired differences.
@@ -98,7 +110,7 @@ def evaluate(
     for row in rows:
         if progress is not None:
             progress(row.name)
-        results.append(run_row(model_name, row, tasks, limit=limit, batch_size=batch_size))
+        results.append(run_row(model_name, row, tasks, limit=limit, batch_size=batch_size, dtype=dtype))
     return [summary(r, results[0]) for r in results]
 
 

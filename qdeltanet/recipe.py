@@ -155,7 +155,7 @@ class Recipe(_Strict):
             patterns += o.sites.items()
             projections |= o.projections
         built = inverse.plan(chunk_size)
-        sites = _site_schemes(built, patterns, inverse)
+        sites = _site_schemes(built, patterns, inverse, other_plan=any(o.inverse for o in overrides))
         rule = None
         if any(s.format is not None for s in sites.values()):
             rule = RuleScheme(sites, self.requantize, self.accumulator_bits)
@@ -174,9 +174,12 @@ class Recipe(_Strict):
 
 
 def _site_schemes(
-    built: Plan, patterns: Iterable[tuple[str, SiteConfig]], inverse: InverseConfig
+    built: Plan, patterns: Iterable[tuple[str, SiteConfig]], inverse: InverseConfig, other_plan: bool
 ) -> dict[str, SiteScheme]:
-    """Later patterns override earlier ones field by field; registers start from the `inverse` section."""
+    """Later patterns override earlier ones field by field; registers start from the `inverse` section.
+
+    other_plan: a layer with its own plan need not have every register that the recipe names.
+    """
     registers = {"format": inverse.format, "scale": inverse.scale, "granularity": inverse.granularity}
     start = {k: v for k, v in (registers | {"carry": inverse.carry}).items() if v is not None}
     names = rule_sites(built)
@@ -184,7 +187,7 @@ def _site_schemes(
     for pattern, config in patterns:
         in_inverse = pattern.startswith("inverse.")
         hits = [n for n in names if fnmatchcase(n, pattern) and (n not in SITES) == in_inverse]
-        if not hits and not (in_inverse and set(pattern) & set("*?[")):
+        if not hits and not (in_inverse and (other_plan or set(pattern) & set("*?["))):
             raise unknown("site", pattern, names)
         for name in hits:
             merged[name] |= config.model_dump(exclude_none=True)

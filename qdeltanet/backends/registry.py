@@ -29,6 +29,11 @@ def backend_status(name: str) -> tuple[bool, str]:
     return True, "runs everywhere torch does"
 
 
+def backend_names() -> list[str]:
+    """All backends that integer execution knows, available or not."""
+    return [name for name in _FACTORIES if name != "fake"]
+
+
 def available_backends() -> list[str]:
     return [name for name in _FACTORIES if backend_status(name)[0]]
 

@@ -2,6 +2,7 @@
 
 from .accumulate import (
     COEFFICIENT_BITS,
+    COEFFICIENT_MAX,
     FLOAT32_EXACT,
     FLOAT64_EXACT,
     INT32_LIMIT,
@@ -34,6 +35,7 @@ from .scheme import ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme,
 
 __all__ = [
     "COEFFICIENT_BITS",
+    "COEFFICIENT_MAX",
     "FLOAT32_EXACT",
     "FLOAT64_EXACT",
     "INT32_LIMIT",

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import QDeltaNetError
@@ -57,7 +57,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as e:
         raise QDeltaNetError(f"cannot write {path}: {e.strerror}") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .accumulate import COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
+from .accumulate import COEFFICIENT_BITS, COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
 from .backend import Backend
 from .errors import BindingError, NonFiniteError
 from .granularity import Granularity, dynamic_scale, fit_scale
@@ -113,6 +113,8 @@ class IntegerArithmetic:
             mask=mask,
             compact=compact,
         )
+        if scheme.scale == "dynamic" and not bool(result.scale.isfinite().all()):
+            raise NonFiniteError(site)  # the sum left float32: a method that diverges, or inputs that do
         self._count(site, result.saturated)
         return Operand(site, result.codes, result.scale, scheme.held, compact)
 
@@ -186,7 +188,8 @@ class IntegerArithmetic:
         acc, scales = repeat_heads(acc, heads), [repeat_heads(s, heads) for s in scales]
         if not scales:  # real numbers
             return Term(acc * coefficient, (), sign, 0, region)
-        fraction = coefficient_bits(bound, bits)
+        # In fixed point more bits would cost the multipliers of the same step theirs: 2^-22 rounds to 0 beside 2^1.
+        fraction = coefficient_bits(bound, bits) if self.scheme.requantize == "float" else COEFFICIENT_BITS
         wide = bound * COEFFICIENT_MAX * 2**fraction
         acc = self.backend.multiply(acc, coefficient_codes(coefficient, fraction), wide)
         unit = torch.tensor([[[2.0**-fraction]]], dtype=torch.float32, device=acc.device)

@@ -146,16 +146,19 @@ def fixed_point(
         m = torch.ones((), dtype=torch.float64, device=out_scale.device)
         for scale in term.scales:
             m = m * scale.double()
-        m32 = (m / _region_of(out_scale, term.region).double() * term.sign).to(torch.float32)  # type: ignore[union-attr]
+        out_part = _region_of(out_scale, term.region)
+        assert out_part is not None
+        m32 = (m / out_part.double() * term.sign).to(torch.float32)
         mult.append(m32)
         # One shift for a whole matrix, so that a backend that skips zero blocks finds the same one.
         matrix = (-1, -2, -3) if compact else (-1, -2)
         largest = torch.maximum(largest, m32.abs().amax(matrix, keepdim=True))
     shift = (bits - torch.frexp(largest).exponent).clamp(1, 62).long()
+    unit = torch.ldexp(torch.ones_like(shift, dtype=torch.float64), shift)  # 2^n
     total = torch.zeros(out, dtype=torch.int64, device=out_scale.device)
     for term, m32 in zip(terms, mult, strict=True):
-        # The clamp only meets multipliers of 2^(bits - 1) and more (a tensor that calibration saw as zero): they saturate.
-        fixed = torch.round(torch.ldexp(m32.double(), shift)).clamp(-(2.0**bits), 2.0**bits).long()
+        # The clamp only meets multipliers of 2^(bits - 1) and more (calibration saw zeros only): they saturate.
+        fixed = torch.round(m32.double() * unit).clamp(-(2.0**bits), 2.0**bits).long()
         product = term.acc.detach().long() * fixed
         if term.region is None:
             total = total + product

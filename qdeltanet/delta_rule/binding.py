@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import (
+    COEFFICIENT_MAX,
     TINY,
     BindingError,
     Granularity,
@@ -17,6 +18,7 @@ from ..core import (
     RuleScheme,
     SiteScheme,
     check_bound,
+    coefficient_bits,
     power_of_two_ceil,
     product_bound,
     use_granularity,
@@ -59,6 +61,8 @@ def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
     size = {"K": key_dim, "C": plan.chunk_size}
     for name, left, right, axis in PRODUCTS:
         _check_product(name, sites[left], sites[right], size[axis], scheme.accumulator_bits)
+        if name in ("A", "attn"):
+            _check_coefficient(name, sites[left], sites[right], size[axis])
     for step in plan.steps:
         if step.right is not None:
             schemes = [sites[_site(plan, r)] for r in (step.left, step.right)]
@@ -125,6 +129,15 @@ def _check_product(step: str, left: SiteScheme, right: SiteScheme, contracted: i
     if left.format is None or right.format is None:
         return
     check_bound(step, product_bound(contracted, left.format, right.format), accumulator_bits)
+
+
+def _check_coefficient(step: str, left: SiteScheme, right: SiteScheme, contracted: int) -> None:
+    """The accumulator times its coefficient codes has to stay exact, whatever accumulator the product had."""
+    if left.format is None or right.format is None:
+        return
+    bound = product_bound(contracted, left.format, right.format)
+    bits = coefficient_bits(bound, max(left.format.bits, right.format.bits))
+    check_bound(f"{step} (times its decay)", bound * COEFFICIENT_MAX * 2**bits, 64)
 
 
 def scale_specs(scheme: RuleScheme, plan: Plan) -> list[ScaleSpec]:

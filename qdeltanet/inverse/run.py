@@ -25,7 +25,7 @@ def run_plan(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
     """
     registers = {INPUT: A}
     for step, where in zip(plan.steps, geometry(plan), strict=True):
-        run = _copy(step, registers) if where is None else _multiply(step, where, registers, arithmetic)
+        run = _copy(step, registers, arithmetic) if where is None else _multiply(step, where, registers, arithmetic)
         registers[step.out] = run
     return whole(registers[OUTPUT]) if plan.steps else None
 
@@ -53,13 +53,17 @@ def register_ranges(plan: Plan, A: Tensor) -> dict[str, float]:
     return reached
 
 
-def _copy(step: Step, registers: dict[str, Operand]) -> Operand:
-    """Codes and scale of the source, masked. Blocks of the strictly lower triangle need no mask."""
+def _copy(step: Step, registers: dict[str, Operand], arithmetic: Arithmetic) -> Operand:
+    """Codes and scale of the source, masked. Blocks of the strictly lower triangle need no mask.
+
+    T is a site of its own: a copy into it is stored like a sum, with the scale of T.
+    """
     source = diagonal_blocks(registers[step.left], step.mask.outer)
-    if step.mask.inner == 1 and step.mask.band is None and step.mask.rows is None:
-        return source
-    mask = cached_mask(step.mask, step.mask.outer, source.codes.device)
-    return replace(source, codes=source.codes * mask.to(source.codes.dtype))
+    triangle = step.mask.inner == 1 and step.mask.band is None and step.mask.rows is None
+    mask = None if triangle else cached_mask(step.mask, step.mask.outer, source.codes.device)
+    if step.out == OUTPUT:
+        return arithmetic.store(OUTPUT, [arithmetic.addend(source)], mask=mask, compact=True)
+    return source if mask is None else replace(source, codes=source.codes * mask.to(source.codes.dtype))
 
 
 def _multiply(step: Step, where: StepGeometry, registers: dict[str, Operand], arithmetic: Arithmetic) -> Operand:

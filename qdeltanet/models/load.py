@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core import QDeltaNetError
+from ..core import QDeltaNetError, unknown
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def load_model(name: str, dtype: str = "float32", **kwargs: Any) -> Any:
@@ -15,6 +17,8 @@ def load_model(name: str, dtype: str = "float32", **kwargs: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **kwargs)
     except QDeltaNetError:

@@ -19,9 +19,10 @@ from ..core import (
     saturate,
 )
 from .execution import Execution, backend_for
+from .scales import Float32Buffers
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Float32Buffers):
     """y = (f32(codes(x) @ codes(W)^T) * s_x) * s_W.
 
     Buffers: `codes` int8 or int16 [out, in] (never called `weight`: a loader that skips our quantizer must fail rather

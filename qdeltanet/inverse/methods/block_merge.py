@@ -51,12 +51,12 @@ def merge_level(block: int, radix: int, merged: str, last: bool) -> tuple[str, l
     register = merged or N
     power = N
     if merged:
-        register = out if doublings == 1 else f"R{outer}.1"
+        register = out if doublings == 1 else f"R{outer}_1"
         steps.append(Step(register, full, N, merged, ((N, 1), (merged, 1))))
     for j in range(1, doublings):
         square = f"N{outer}^{2**j}"
         steps.append(Step(square, off, power, power))
-        target = out if j == doublings - 1 else f"R{outer}.{2**j}"
+        target = out if j == doublings - 1 else f"R{outer}_{2**j}"
         mask = full if merged else off
         mask = full if target == out else mask
         steps.append(Step(target, mask, square, register, ((square, 1), (register, 1))))

@@ -1,0 +1,315 @@
+"""The command. Everything heavy is imported inside the functions, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="True integer quantization of Gated DeltaNet: calibrate, execute, evaluate and export the whole delta rule.",
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Embedded model (tiny-recall, tiny-hybrid), directory, or hub id.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe value, e.g. inverse.residual_steps=4.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the float weights: float32, bfloat16, float16, or auto (the checkpoint's).")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; whole or not at all.")]
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda text: None) if quiet else (lambda text: err.print(text, highlight=False, markup=False))
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar on a terminal, nothing where output is piped."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command(epilog="Example: qdeltanet demo --output build/demo")
+def demo(
+    output: Output = Path("build/demo"), overwrite: Overwrite = False, quiet: Quiet = False, json_file: Json = None
+) -> None:
+    """Calibrate, evaluate and export the embedded model tiny-recall; print what each recipe costs."""
+    from .core.files import write_text
+    from .workflow import run_demo
+
+    done = _demo_done(output)
+    if done is not None and not overwrite:
+        out.print(f"already complete: {output / 'results.json'}", highlight=False)
+        results = done
+    else:
+        results = run_demo(output, overwrite, _say(quiet))
+    out.print(demo_table(results["rows"]))
+    export = results["export"]
+    equal = "equal, every bit" if export["reload_equal"] else "DIFFERENT"
+    out.print(
+        f"export: {export['path']}; logits in a fresh process: {equal}; recall {export['accuracy']:.4f}",
+        highlight=False,
+    )
+    if json_file is not None:
+        write_text(json_file, json.dumps(results, indent=1) + "\n")
+    if not export["reload_equal"]:
+        raise typer.Exit(1)
+
+
+def _demo_done(output: Path) -> Any:
+    try:
+        found = json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return found if {"rows", "export"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def demo_table(rows: list[dict[str, Any]]) -> Table:
+    """The demo's table: recall at 16 pairs with paired differences to float."""
+    table = Table(title="tiny-recall: recall of 16 pairs, T = 128", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name, justify in (("recipe", "left"), ("execution", "left"), *((n, "right") for n in _DEMO_COLUMNS)):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for r in rows:
+        difference = "" if r["name"] == "float" else f"{r['difference']:+.4f} ±{r['difference_stderr']:.4f}"
+        accuracy = f"{r['accuracy']:.4f} ±{r['stderr']:.4f}"
+        table.add_row(r["name"], r["execution"], accuracy, difference, f"{r['nll']:.4f}", str(r["saturated"]))
+    return table
+
+
+_DEMO_COLUMNS = ("recall", "to float, paired", "NLL", "saturated")
+
+
+@app.command(
+    "calibrate",
+    epilog="Example: qdeltanet calibrate tiny-recall --recipe int8 --dataset recall --samples 128 --output cal",
+)
+def calibrate_command(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Shipped name (see `qdeltanet ls`) or YAML file.")],
+    output: Output,
+    dataset: Annotated[str | None, typer.Option(help="Hub id[:config[:split]], local file, or recall / bytes.")] = None,
+    samples: Annotated[int, typer.Option(help="Sequences to observe.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per sequence (default: 512; 128 for tiny-recall).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    dtype: Dtype = "float32",
+    overrides: Set = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Observe every tensor inside the delta rule and write a scale for each."""
+    from .core.files import check_output, write_text
+    from .workflow import is_complete, recipe_of, run_calibration
+
+    chosen = recipe_of(recipe, overrides or ())
+    request = {"model": model, "dataset": dataset, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
+    request["dtype"] = dtype
+    if not overwrite and output.is_dir() and is_complete(output, model, chosen, request):
+        out.print(f"already complete: {output}", highlight=False)
+        return
+    check_output(output, overwrite)
+    with _bar(f"calibrating {model}", quiet) as progress:
+        calibration = run_calibration(
+            model, chosen, dataset=dataset, samples=samples, seq_len=seq_len,
+            batch_size=batch_size, text_column=text_column, dtype=dtype, progress=progress,
+        )  # fmt: skip
+    report = {**calibration.report, "request": request}
+    type(calibration)(calibration.recipe, calibration.scales, report).save(output, overwrite)
+    out.print(calibration_table(report))
+    out.print(f"{len(calibration.scales)} scales written to {output}", highlight=False)
+    if json_file is not None:
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+
+
+def calibration_table(report: Any) -> Table:
+    """Sites by their worst head over all layers."""
+    table = Table(title=f"{report['recipe']['name']}: sites, worst head over all layers")
+    for name in ("site", "format", "scale", "largest |x|", "SQNR dB, least", "saturated"):
+        table.add_column(name, justify="left" if name in ("site", "format", "scale") else "right")
+    merged: dict[str, list[Any]] = {}
+    for sites in report["layers"].values():
+        for site, row in sites.items():
+            merged.setdefault(site, []).append(row)
+    for site, rows in merged.items():
+        heads = [h for row in rows for h in row["heads"]]
+        largest = max(max(abs(v) for v in h["range"]) for h in heads)
+        sqnrs = [h["sqnr_db"] for h in heads if h["sqnr_db"] is not None]
+        worst = f"{min(sqnrs):.1f}" if sqnrs else "-"
+        saturated = str(sum(h["saturated"] for h in heads))
+        table.add_row(site, rows[0]["format"], rows[0]["scale"], f"{largest:.4g}", worst, saturated)
+    return table
+
+
+@app.command(
+    "evaluate",
+    epilog="Example: qdeltanet evaluate tiny-recall --tasks recall --recipe int8 --recipe int4 --json results.json",
+)
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Embedded model, directory, hub id, or exported checkpoint.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated: recall, bytes, or any lm-eval task.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="One per row; NAME+key=value overrides.")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Calibration directory, one per static recipe.")
+    ] = None,
+    execution: Annotated[str, typer.Option(help="float, fake or integer.")] = "integer",
+    backend: Annotated[str, typer.Option(help="Where integers are multiplied: cpu or reference.")] = "cpu",
+    baseline: Annotated[str | None, typer.Option(help="Float model to compare an exported checkpoint with.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests per forward pass.")] = 64,
+    dtype: Dtype = "float32",
+    overrides: Set = None,
+    quiet: Quiet = False,
+    json_file: Json = None,
+) -> None:
+    """Run lm-eval tasks in integer execution, beside float on the same documents."""
+    from .backends import get_backend
+    from .checkpoint import load_calibration
+    from .core import unknown
+    from .core.files import write_text
+    from .eval.evaluate import Row, evaluate
+    from .nn import EXECUTIONS
+    from .workflow import evaluation_rows, recipe_of, versions
+
+    if execution not in EXECUTIONS:
+        raise unknown("execution", execution, EXECUTIONS)
+    get_backend(backend)
+    loaded = [load_calibration(path) for path in calibration or ()]
+    named = [(text, recipe_of(text, overrides or ())) for text in recipe or ()]
+    named += [(c.recipe.name, c.recipe) for c in loaded if not named]
+    if named:
+        rows = evaluation_rows(model, named, loaded, execution=execution, backend=backend, say=_say(quiet))
+    elif _is_checkpoint(model):
+        rows = [Row("float", execution="float", model=baseline)] if baseline else []
+        rows.append(Row("checkpoint", execution=execution, backend=backend, model=model))
+    else:
+        rows = [Row("float", execution="float")]
+    names = [t.strip() for t in tasks.split(",") if t.strip()]
+    results = evaluate(model, rows, names, limit=limit, batch_size=batch_size, dtype=dtype, progress=_say(quiet))
+    for task in names:
+        out.print(task_table(task, results))
+    if json_file is not None:
+        content = {"model": model, "command": sys.argv[1:], "versions": versions(), "rows": results}
+        write_text(json_file, json.dumps(content, indent=1) + "\n")
+
+
+def _is_checkpoint(model: str) -> bool:
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return bool(config.get("quantization_config", {}).get("quant_method") == "qdeltanet")
+    except (OSError, ValueError):
+        return False
+
+
+def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
+    """One task, a row per recipe and metric; differences are paired, to the first row."""
+    table = Table(title=task)
+    for name in ("recipe", "execution", "metric", "value", "to first row (paired)", "saturated"):
+        table.add_column(name, justify="left" if name in ("recipe", "execution", "metric") else "right")
+    for i, row in enumerate(rows):
+        for metric, m in row["tasks"].get(task, {}).items():
+            value, difference = f"{m['value']:.4f} ± {m['stderr']:.4f}", ""
+            if "perplexity" in m:
+                metric, value = "perplexity per byte", f"{m['perplexity']:.4f}"
+            if i and "difference" in m:
+                difference = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}"
+            if i and "perplexity_ratio" in m:
+                difference = f"x {m['perplexity_ratio']:.4f} ± {m['perplexity_ratio_stderr']:.4f}"
+            table.add_row(row["name"], row["execution"], metric, value, difference, str(row["saturated"]))
+    return table
+
+
+@app.command(epilog="Example: qdeltanet export tiny-recall --calibration cal --output checkpoint")
+def export(
+    model: Model,
+    calibration: Annotated[Path, typer.Option(help="Directory that `qdeltanet calibrate` wrote.")],
+    output: Output,
+    dtype: Dtype = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a Hugging Face checkpoint with integer weights and every scale."""
+    from .checkpoint import load_calibration
+    from .core.files import check_output
+    from .workflow import run_export
+
+    check_output(output, overwrite)
+    config = run_export(model, load_calibration(calibration), output, overwrite, dtype)
+    out.print(f"{config['tensors']} tensors written to {output}", highlight=False)
+    out.print(
+        f'load it: import qdeltanet; AutoModelForCausalLM.from_pretrained("{output}")', highlight=False, markup=False
+    )
+
+
+@app.command(epilog="Example: qdeltanet ls")
+def ls(json_file: Json = None) -> None:
+    """List recipes, inverse methods, sites, backends, embedded models and data."""
+    from .backends import backend_names, backend_status
+    from .core.files import write_text
+    from .delta_rule import SITES
+    from .eval.embedded import DATASETS, MODELS
+    from .inverse import METHODS
+    from .recipe import load_recipe, shipped_recipes
+
+    listed = {
+        "recipes": {name: load_recipe(name).description for name in shipped_recipes()},
+        "methods": {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METHODS.items()},
+        "sites": {s.name: f"{s.formula} {s.shape}" for s in SITES.values()},
+        "backends": {name: backend_status(name)[1] for name in backend_names()},
+        "models": {name: str(path) for name, path in MODELS.items()},
+        "datasets": {name: str(path) for name, path in DATASETS.items()},
+    }
+    for title, entries in listed.items():
+        table = Table(title=title, show_header=False, title_justify="left", box=None)
+        for name, text in entries.items():
+            table.add_row(name, text)
+        out.print(table)
+    if json_file is not None:
+        write_text(json_file, json.dumps(listed, indent=1) + "\n")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, an interrupt 130, never a traceback for either."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads stall a busy machine
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries
+    from .core.errors import QDeltaNetError
+
+    try:
+        app()
+    except QDeltaNetError as e:
+        err.print(f"qdeltanet: {e}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("qdeltanet: interrupted; nothing half-written was left", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What the command does, as functions: calibrate, evaluate, export, demo. Above calib and eval, below the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .calib import calibrate, load_samples
+from .checkpoint import Calibration, export_checkpoint, load_calibration
+from .core import QDeltaNetError
+from .core.files import whole_directory
+from .eval.embedded import DATASETS, MODELS, model_path
+from .eval.evaluate import Row, evaluate
+from .eval.prepare import prepare_model
+from .eval.reload import save_logits
+from .models import load_model, load_tokenizer, model_fingerprint, quantize_model, set_execution
+from .recipe import Recipe, load_recipe
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+# The calibration set of each embedded model and the length of its sequences.
+EMBEDDED_DATA = {"tiny-recall": ("recall", 128), "tiny-hybrid": ("bytes", 512)}
+DEMO_ROWS = ("float", "T=I", "neumann-int8", "int8", "int4-inverse", "int4")
+DEMO_QUERIES = 4096
+
+
+def recipe_of(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """`NAME_OR_FILE[+key=value...]`, then overrides: `neumann-int8+inverse.residual_steps=9`."""
+    name, *more = text.split("+")
+    return load_recipe(name, [*more, *overrides])
+
+
+def run_calibration(
+    model_name: str,
+    recipe: Recipe,
+    *,
+    dataset: str | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    text_column: str | None = None,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Calibration:
+    """Load, calibrate, return. dataset and seq_len default to those of an embedded model."""
+    default, length = EMBEDDED_DATA.get(model_name, (None, 512))
+    name = dataset or default
+    if name is None:
+        raise QDeltaNetError(
+            "name a calibration set: --dataset FILE.jsonl, a hub id, or an embedded one (recall, bytes)"
+        )
+    path = model_path(model_name)
+    tokenizer = load_tokenizer(path)
+    data = load_samples(DATASETS.get(name, name), tokenizer, samples, seq_len or length, text_column)
+    model = load_model(path, dtype)
+    return calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
+
+
+def is_complete(path: Path, model_name: str, recipe: Recipe, request: dict[str, Any]) -> bool:
+    """Whether `path` already holds the calibration that a request would make."""
+    try:
+        there = load_calibration(path)
+    except QDeltaNetError:
+        return False
+    same = there.recipe.fingerprint == recipe.fingerprint
+    same = same and all(there.report.get("request", {}).get(k) == v for k, v in request.items())
+    return same and there.report["model"]["fingerprint"] == _fingerprint(model_name, recipe)
+
+
+def _fingerprint(model_name: str, recipe: Recipe) -> str:
+    model = load_model(model_path(model_name))
+    quantize_model(model, recipe)
+    return model_fingerprint(model)
+
+
+def evaluation_rows(
+    model_name: str,
+    recipes: Sequence[tuple[str, Recipe]],
+    calibrations: Sequence[Calibration],
+    *,
+    execution: str,
+    backend: str,
+    say: Say,
+) -> list[Row]:
+    """float first, then a row per recipe with the calibration that belongs to it.
+
+    An embedded model without a calibration is calibrated on its own set, and says so.
+    """
+    rows = [Row("float", execution="float")]
+    for name, recipe in recipes:
+        if name == "float" and recipe.fingerprint == load_recipe("float").fingerprint:
+            continue
+        found = next((c for c in calibrations if c.recipe.fingerprint == recipe.fingerprint), None)
+        if found is None and model_name in MODELS and not recipe.is_float and _static(recipe):
+            say(f"{name}: no calibration given; calibrating on 128 samples of {EMBEDDED_DATA[model_name][0]}")
+            found = run_calibration(model_name, recipe)
+        rows.append(Row(name, recipe, found, execution, backend))  # type: ignore[arg-type]
+    return rows
+
+
+def _static(recipe: Recipe) -> bool:
+    """Whether any site asks for a calibrated scale."""
+    rule = recipe.layer(0).rule
+    sites = [] if rule is None else list(rule.sites.values())
+    projections = [p for p in recipe.projections.values() if p is not None]
+    return any(s.scale == "calibrated" for s in sites) or any(p.scale == "calibrated" for p in projections)
+
+
+def run_export(
+    model_name: str, calibration: Calibration, output: Path, overwrite: bool, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Load the float model, apply the calibration, write the checkpoint."""
+    path = model_path(model_name)
+    model = load_model(path, dtype)
+    calibration.apply(model)
+    return export_checkpoint(model, calibration.recipe, output, tokenizer=load_tokenizer(path), overwrite=overwrite)
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it computes with."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "brevitas", "lm-eval", "datasets", "safetensors")
+    return {"qdeltanet": __version__, "python": sys.version.split()[0]} | {n: version(n) for n in names}
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def run_demo(output: Path, overwrite: bool, say: Say) -> dict[str, Any]:
+    """Calibrate tiny-recall, evaluate the demo's rows, export int8, reload it in a fresh process, evaluate again.
+
+    Returns the content of results.json. Raises QDeltaNetError if the output directory may not be written.
+    """
+    with whole_directory(output, overwrite) as folder:
+        rows, calibrations = _demo_rows(folder, say)
+        say(f"evaluating {len(rows)} rows on {DEMO_QUERIES} queries of the recall task")
+        measured = evaluate("tiny-recall", rows, ["recall"], limit=DEMO_QUERIES, progress=lambda n: say(f"  {n}"))
+        say("exporting int8 and loading it in a fresh process")
+        export = _demo_export(calibrations["int8"], folder)
+        export["path"] = str(output / "int8")
+        results = {
+            "model": "tiny-recall",
+            "versions": versions(),
+            "rows": [demo_row(r) for r in measured],
+            "export": export,
+        }
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _demo_rows(folder: Path, say: Say) -> tuple[list[Row], dict[str, Calibration]]:
+    rows, calibrations = [Row("float", execution="float")], {}
+    for name in DEMO_ROWS[1:]:
+        recipe = recipe_of("float+inverse.method=identity") if name == "T=I" else load_recipe(name)
+        if _static(recipe) and not recipe.is_float:
+            say(f"calibrating tiny-recall for {name}")
+            calibrations[name] = run_calibration("tiny-recall", recipe)
+            calibrations[name].save(folder / f"calibration-{name}")
+        rows.append(Row(name, recipe, calibrations.get(name)))
+    return rows, calibrations
+
+
+def demo_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One line of the demo's table from one row of `evaluate`."""
+    acc, nll = row["tasks"]["recall"]["acc"], row["tasks"]["recall"]["nll"]
+    return {
+        "name": row["name"],
+        "execution": row["execution"],
+        "accuracy": acc["value"],
+        "stderr": acc["stderr"],
+        "difference": acc["difference"],
+        "difference_stderr": acc["difference_stderr"],
+        "nll": nll["value"],
+        "saturated": row["saturated"],
+    }
+
+
+def _demo_export(calibration: Calibration, folder: Path) -> dict[str, Any]:
+    checkpoint = folder / "int8"
+    run_export("tiny-recall", calibration, checkpoint, overwrite=False)
+    model = prepare_model("tiny-recall", calibration.recipe, calibration)
+    set_execution(model, "integer")
+    tokens = load_samples(DATASETS["recall"], load_tokenizer(model_path("tiny-recall")), 16, 128).tokens
+    logits, result = folder / "logits.safetensors", folder / "reload.json"
+    save_logits(model, tokens, logits)
+    command = [
+        sys.executable,
+        "-m",
+        "qdeltanet.eval.reload",
+        str(checkpoint),
+        str(logits),
+        str(result),
+        str(DEMO_QUERIES),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"the fresh process failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    logits.unlink()
+    result.unlink()
+    return found
