@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads stall a busy machine
 
 import pytest

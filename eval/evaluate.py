@@ -106,6 +106,7 @@ def evaluate(
     (and for nats_per_byte the perplexity and its ratio to the baseline's).
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager_for(tasks)
     results: list[RowResult] = []
     for row in rows:
         if progress is not None:

@@ -94,10 +94,15 @@ class QDeltaNetLM(HFLM):
         return [s for s in scores if s is not None]
 
     def _logits(self, groups: list[Shared]) -> Tensor:
-        """[len(groups), longest, vocabulary]; shorter inputs are padded on the right, where they see nothing of it."""
+        """[len(groups), longest, vocabulary]. Shorter inputs are padded on the right and masked: a dynamic scale
+        must not see what the padding tokens would have held."""
         width = max(len(g.tokens) for g in groups)
         rows = [[*g.tokens, *[0] * (width - len(g.tokens))] for g in groups]
-        logits: Tensor = self._model_call(torch.tensor(rows, device=self.device))
+        mask = [[1] * len(g.tokens) + [0] * (width - len(g.tokens)) for g in groups]
+        tokens = torch.tensor(rows, device=self.device)
+        padded = None if all(len(g.tokens) == width for g in groups) else torch.tensor(mask, device=self.device)
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=tokens, attention_mask=padded, use_cache=False).logits
         return logits
 
 

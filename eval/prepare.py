@@ -10,7 +10,7 @@ from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs
 from ..core import QDeltaNetError
 from ..models import delta_net_layers, load_model, quantize_model, set_execution
 from ..nn import Execution
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe, differences, load_recipe
 from .embedded import model_path
 
 
@@ -37,9 +37,10 @@ def prepare_model(
         return model
     layers = quantize_model(model, recipe)
     if calibration is not None and calibration.recipe.fingerprint != recipe.fingerprint:
+        differs = "; ".join(differences(calibration.recipe, recipe))
         raise QDeltaNetError(
-            f"the calibration is of recipe {calibration.recipe.name!r} ({calibration.recipe.fingerprint[:12]}), not of "
-            f"{recipe.name!r} ({recipe.fingerprint[:12]}): calibrate with this recipe"
+            f"the calibration is of another recipe than {recipe.name} (calibration / asked: {differs}): "
+            "calibrate with this recipe"
         )
     if calibration is not None:
         calibration.apply(model)

@@ -1,4 +1,4 @@
-"""What the lm-eval tasks in `eval/tasks` are made of: their documents, their metrics, and a manager that finds them."""
+"""What the lm-eval tasks in `eval/tasks` are made of: their documents and their metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .recall_task import LENGTH, PAIRS, recall_words
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from lm_eval.tasks import TaskManager
 
 TASKS_FOLDER = str(Path(__file__).resolve().parent / "tasks")
 TASKS = ("recall", "bytes")
@@ -71,16 +70,3 @@ def byte_results(doc: dict[str, Any], results: list[float]) -> dict[str, Any]:
         "byte_perplexity": (log_likelihood, n_bytes),
         "word_perplexity": (log_likelihood, n_words),
     }
-
-
-def task_manager(include_path: str | None = None, include_defaults: bool = False) -> TaskManager:
-    """A manager that knows the tasks of this program; needs no network.
-
-    Args:
-        include_path: a further folder of task files.
-        include_defaults: whether lm-eval's own tasks are listed too (this reads thousands of files).
-    """
-    from lm_eval.tasks import TaskManager
-
-    folders: list[str | Path] = [TASKS_FOLDER] if include_path is None else [TASKS_FOLDER, include_path]
-    return TaskManager(include_path=folders, include_defaults=include_defaults)

@@ -87,13 +87,21 @@ def _demo_done(output: Path) -> Any:
 
 def demo_table(rows: list[dict[str, Any]]) -> Table:
     """The demo's table: recall at 16 pairs with paired differences to float."""
-    table = Table(title="tiny-recall: recall of 16 pairs, T = 128", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name, justify in (("recipe", "left"), ("execution", "left"), *((n, "right") for n in _DEMO_COLUMNS)):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = _table("tiny-recall: recall of 16 pairs, T = 128", ("recipe", "run"), _DEMO_COLUMNS)
     for r in rows:
         difference = "" if r["name"] == "float" else f"{r['difference']:+.4f} ±{r['difference_stderr']:.4f}"
         accuracy = f"{r['accuracy']:.4f} ±{r['stderr']:.4f}"
         table.add_row(r["name"], r["execution"], accuracy, difference, f"{r['nll']:.4f}", str(r["saturated"]))
+    return table
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """Narrow enough for 80 columns; names to the left, figures to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -147,9 +155,8 @@ def calibrate_command(
 
 def calibration_table(report: Any) -> Table:
     """Sites by their worst head over all layers."""
-    table = Table(title=f"{report['recipe']['name']}: sites, worst head over all layers")
-    for name in ("site", "format", "scale", "largest |x|", "SQNR dB, least", "saturated"):
-        table.add_column(name, justify="left" if name in ("site", "format", "scale") else "right")
+    title = f"{report['recipe']['name']}: sites, worst head over all layers"
+    table = _table(title, ("site", "format", "scale"), ("largest |x|", "SQNR dB, least", "saturated"))
     merged: dict[str, list[Any]] = {}
     for sites in report["layers"].values():
         for site, row in sites.items():
@@ -228,18 +235,16 @@ def _is_checkpoint(model: str) -> bool:
 
 def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
     """One task, a row per recipe and metric; differences are paired, to the first row."""
-    table = Table(title=task)
-    for name in ("recipe", "execution", "metric", "value", "to first row (paired)", "saturated"):
-        table.add_column(name, justify="left" if name in ("recipe", "execution", "metric") else "right")
+    table = _table(task, ("recipe", "run", "metric"), ("value", "to first row, paired", "saturated"))
     for i, row in enumerate(rows):
         for metric, m in row["tasks"].get(task, {}).items():
-            value, difference = f"{m['value']:.4f} ± {m['stderr']:.4f}", ""
+            value, difference = f"{m['value']:.4f} ±{m['stderr']:.4f}", ""
             if "perplexity" in m:
-                metric, value = "perplexity per byte", f"{m['perplexity']:.4f}"
+                metric, value = "ppl per byte", f"{m['perplexity']:.4f}"
             if i and "difference" in m:
-                difference = f"{m['difference']:+.4f} ± {m['difference_stderr']:.4f}"
+                difference = f"{m['difference']:+.4f} ±{m['difference_stderr']:.4f}"
             if i and "perplexity_ratio" in m:
-                difference = f"x {m['perplexity_ratio']:.4f} ± {m['perplexity_ratio_stderr']:.4f}"
+                difference = f"x {m['perplexity_ratio']:.4f} ±{m['perplexity_ratio_stderr']:.4f}"
             table.add_row(row["name"], row["execution"], metric, value, difference, str(row["saturated"]))
     return table
 

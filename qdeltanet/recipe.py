@@ -320,4 +320,17 @@ def _keys_at(loc: Sequence[Any]) -> Iterable[str]:
     return (sections[names[-1]] if names else Recipe).model_fields
 
 
-__all__ = ["ROLES", "Recipe", "apply_override", "load_recipe", "parse_recipe", "shipped_recipes"]
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """`key: value in a / value in b` for every value that differs."""
+    one, two = (_flat(r.model_dump(mode="json", exclude={"name", "description"})) for r in (a, b))
+    keys = sorted(one.keys() | two.keys())
+    return [f"{k}: {one.get(k)} / {two.get(k)}" for k in keys if one.get(k) != two.get(k)]
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {k: v for key, part in content.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+__all__ = ["ROLES", "Recipe", "apply_override", "differences", "load_recipe", "parse_recipe", "shipped_recipes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 from . import __version__
 from .calib import calibrate, load_samples
 from .checkpoint import Calibration, export_checkpoint, load_calibration
-from .core import QDeltaNetError
+from .core import QDeltaNetError, unknown
 from .core.files import whole_directory
 from .eval.embedded import DATASETS, MODELS, model_path
 from .eval.evaluate import Row, evaluate
@@ -56,6 +57,10 @@ def run_calibration(
         raise QDeltaNetError(
             "name a calibration set: --dataset FILE.jsonl, a hub id, or an embedded one (recall, bytes)"
         )
+    if name not in DATASETS and difflib.get_close_matches(name, DATASETS):
+        raise unknown("dataset", name, DATASETS)
+    if batch_size < 1:
+        raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
     path = model_path(model_name)
     tokenizer = load_tokenizer(path)
     data = load_samples(DATASETS.get(name, name), tokenizer, samples, seq_len or length, text_column)
@@ -97,8 +102,11 @@ def evaluation_rows(
     for name, recipe in recipes:
         if name == "float" and recipe.fingerprint == load_recipe("float").fingerprint:
             continue
+        static = not recipe.is_float and _static(recipe)
         found = next((c for c in calibrations if c.recipe.fingerprint == recipe.fingerprint), None)
-        if found is None and model_name in MODELS and not recipe.is_float and _static(recipe):
+        if found is None and static and len(calibrations) == len(recipes) == 1:
+            found = calibrations[0]  # meant for this row: what differs is said when it is applied
+        if found is None and static and model_name in MODELS:
             say(f"{name}: no calibration given; calibrating on 128 samples of {EMBEDDED_DATA[model_name][0]}")
             found = run_calibration(model_name, recipe)
         rows.append(Row(name, recipe, found, execution, backend))  # type: ignore[arg-type]

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from qdeltanet import cli
+
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
 
 
-def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qdeltanet.cli", *args]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=cwd)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*args: str, cwd: Path | None = None) -> Done:
+    """The command's entry point in this process (a new one would load torch and lm-eval again, seconds each time)."""
+    streams = io.StringIO(), io.StringIO()
+    argv, folder, code = sys.argv, os.getcwd(), 0
+    sys.argv = ["qdeltanet", *args]
+    os.chdir(cwd or folder)
+    try:
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+            cli.main()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+    return Done(code, streams[0].getvalue(), streams[1].getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +93,8 @@ def test_calibrate_evaluate_export_round_trip(calibration, tmp_path):
         (["calibrate", "tiny-recall", "-r", "int9", "-o", "x"], "did you mean"),
         (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--set", "inverse.bnd=3"], "did you mean band"),
         (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--dataset", "none.jsonl"], "no such file"),
+        (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--dataset", "recal"], "did you mean recall"),
+        (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--dtype", "float64"], "unknown dtype"),
         (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--batch-size", "0"], "batch size 0"),
         (["evaluate", "tiny-recall", "--tasks", "recal", "-r", "float"], "did you mean recall"),
         (["evaluate", "tiny-recall", "--tasks", "recall", "--backend", "cp"], "did you mean cpu"),
@@ -88,8 +114,12 @@ def test_mistakes_are_one_line_and_exit_code_2(args, says, tmp_path):
 
 def test_calibration_of_another_model_or_recipe(calibration):
     done = run("evaluate", "tiny-hybrid", "--tasks", "bytes", "--limit", "1", "--calibration", str(calibration))
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stdout
     assert "the calibration is of model 'tiny-recall'" in done.stderr
+    arguments = ["--tasks", "recall", "--limit", "1", "--calibration", str(calibration), "-r", "int8"]
+    done = run("evaluate", "tiny-recall", *arguments, "--set", "inverse.radices=[4,4,4]")
+    assert done.returncode == 2
+    assert "calibration / asked: inverse.radices: None / [4, 4, 4]" in done.stderr
 
 
 def test_kill_leaves_nothing_half_written(tmp_path):
@@ -103,6 +133,13 @@ def test_kill_leaves_nothing_half_written(tmp_path):
     done = run("calibrate", "tiny-recall", "-r", "int8", "--samples", "4", "-o", str(output))
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in output.iterdir()) == ["calibration.json", "calibration.safetensors", "recipe.yaml"]
+
+
+def test_a_process_of_its_own():
+    command = [sys.executable, "-m", "qdeltanet.cli", "calibrate", "tiny-recall", "-r", "int9", "-o", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 2
+    assert done.stderr.startswith("qdeltanet: unknown recipe 'int9'")
 
 
 def test_ls_lists_what_there_is(tmp_path):

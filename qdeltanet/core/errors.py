@@ -24,7 +24,7 @@ class NonFiniteError(QDeltaNetError):
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> QDeltaNetError:
     """One line for an unknown name, with the nearest valid ones (all of them where few)."""
-    options = sorted(known)
+    options = sorted(set(known))
     near = difflib.get_close_matches(str(name), options, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(options)}"
     return QDeltaNetError(f"unknown {kind} {name!r}; {hint}")

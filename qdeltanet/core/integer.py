@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .accumulate import COEFFICIENT_BITS, COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
 from .backend import Backend
-from .errors import BindingError, NonFiniteError
+from .errors import BindingError, NonFiniteError, QDeltaNetError
 from .granularity import Granularity, dynamic_scale, fit_scale
 from .operand import Operand, repeat_heads
 from .quantize import coefficient_codes, round_half_even, saturate
@@ -184,6 +184,7 @@ class IntegerArithmetic:
     ) -> Term:
         if coefficient is None:
             return Term(acc, tuple(scales), sign, bound, region)
+        _check_coefficient(coefficient)
         heads = coefficient.shape[-3]
         acc, scales = repeat_heads(acc, heads), [repeat_heads(s, heads) for s in scales]
         if not scales:  # real numbers
@@ -194,6 +195,15 @@ class IntegerArithmetic:
         acc = self.backend.multiply(acc, coefficient_codes(coefficient, fraction), wide)
         unit = torch.tensor([[[2.0**-fraction]]], dtype=torch.float32, device=acc.device)
         return Term(acc, (*scales, unit), sign, wide, region)
+
+
+def _check_coefficient(x: Tensor) -> None:
+    """The bound of a wide accumulator holds for coefficients up to 2: g <= 0 and beta <= 2."""
+    top = float(x.detach().abs().amax()) if x.numel() else 0.0
+    if top != top:
+        raise NonFiniteError("decay (g, beta)")
+    if top > COEFFICIENT_MAX:
+        raise QDeltaNetError(f"a decay or beta reaches {top:.3g}; g must be <= 0 and beta <= {COEFFICIENT_MAX}")
 
 
 def _bits(x: Operand) -> int:

@@ -98,7 +98,7 @@ def test_products_that_could_overflow_are_refused_at_the_latest_when_they_run() 
     scheme = RuleScheme({"x": SiteScheme(INT16, "dynamic")}, accumulator_bits=32)
     ar = IntegerArithmetic(scheme, {}, get_backend("reference"))
     x = ar.quantize("x", torch.rand(1, 8, 8))
-    with pytest.raises(BindingError, match="step x @ x: .*32-bit accumulation"):
+    with pytest.raises(BindingError, match=r"step x @ x: .*32-bit accumulation"):
         ar.product(x, x)
 
 

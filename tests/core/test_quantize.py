@@ -49,6 +49,14 @@ def test_ties_go_to_even_over_the_whole_grid(bits: int, exponent: int) -> None:
     assert bool((expected % 2 == 0).all())
 
 
+def test_ties_are_found_by_division_not_by_a_reciprocal() -> None:
+    fmt, ties = IntFormat(8), torch.arange(-127, 127) + 0.5
+    scales = torch.arange(1.0, 60.0)[:, None]
+    codes = quantize(ties * scales, scales, fmt)
+    assert torch.equal(codes, torch.round(ties).expand_as(codes))
+    assert not torch.equal(torch.round(ties * scales * (1 / scales)), codes)
+
+
 @given(bits=bits_of, scale=scale_of, x=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
 def test_quantize_follows_its_definition(bits: int, scale: float, x: list[float]) -> None:
     fmt = IntFormat(bits)

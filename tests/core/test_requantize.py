@@ -279,6 +279,20 @@ def test_a_scale_that_is_next_to_nothing_saturates_in_every_mode() -> None:
         assert int(result.saturated) == 3
 
 
+def test_a_dynamic_scale_divides_as_ieee_does() -> None:
+    """r / scale at exact ties; a product with the reciprocal would round some of them to the other side."""
+    ties = torch.arange(127) + 0.5
+    expected = torch.round(ties)
+    felt = False
+    for step in range(1, 60):
+        acc = torch.cat([ties * 2 * step, torch.tensor([254.0 * step])])  # the last one makes the scale 2 * step
+        result = requantize([Term(acc[None, None], bound=2**20)], IntFormat(8), Granularity.PER_HEAD)
+        assert float(result.scale) == 2 * step
+        assert torch.equal(result.codes[0, 0, :-1], expected)
+        felt |= not torch.equal(torch.round(acc[:-1] * (1 / result.scale[0, 0])), expected)
+    assert felt
+
+
 def test_multiplier_bits_depend_on_the_widest_term() -> None:
     narrow, wide = (Term(torch.zeros(1, 1, 1), bound=b) for b in (2**31 - 1, 2**31))
     assert multiplier_bits([narrow, narrow]) == 31

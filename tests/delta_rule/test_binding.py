@@ -52,8 +52,10 @@ def test_bound_scales_need_a_proof() -> None:
     bound = SiteScheme(INT8, "bound")
     refused("site v_new: no range is proven for it; use scale: calibrated or dynamic", v_new=bound)
     for site in ("inverse.N16^2", "inverse.R16_1"):
-        refused(f"site {site.replace('^', '.')}: block_merge has no proven range for this register; .*radix 2 throughout",
-                RADIX4, **{site.replace(".", "__", 1): bound})  # fmt: skip
+        message = (
+            f"site {site.replace('^', '.')}: block_merge has no proven range for this register; .*radix 2 throughout"
+        )
+        refused(message, RADIX4, **{site.replace(".", "__", 1): bound})
     bind(rule_scheme(RADIX4, 8, Kind(), inverse__N16=bound), RADIX4, 128)
     refused("site T: neumann has no proven range", plan("neumann"), T=bound)
     every = {s.replace(".", "__"): bound for s in rule_sites(RADIX2) if s.startswith("inverse.") or s in ("A", "T")}

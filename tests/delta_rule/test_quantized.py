@@ -16,6 +16,7 @@ from qdeltanet.core import (
     IntFormat,
     NonFiniteError,
     Operand,
+    QDeltaNetError,
     SiteScheme,
     sqnr,
 )
@@ -174,11 +175,12 @@ def test_bound_scales_never_saturate(bits: int) -> None:
     assert sum(n for site, n in ar.saturated.items() if site in {"A", "T"} or "inverse" in site) <= limit
 
 
-@pytest.mark.parametrize(
-    ("position", "site"), [(0, "q"), (1, "k"), (2, "v_beta"), (3, "k_beta"), (4, "v_beta")],
-    ids=["query", "key", "value", "g", "beta"],
-)  # fmt: skip
 @pytest.mark.parametrize("kind", ["per_head", "finest dynamic"])
+@pytest.mark.parametrize(
+    ("position", "site"),
+    [(0, "q"), (1, "k"), (2, "v_beta"), (3, "decay (g, beta)"), (4, "decay (g, beta)")],
+    ids=["query", "key", "value", "g", "beta"],
+)
 def test_nan_is_refused_by_the_site_it_reaches_first(position: int, site: str, kind: str) -> None:
     inputs = list(rule_inputs(1, 64))
     scheme, scales = bound_rule(tuple(inputs), MERGE, 8, KINDS[kind])  # type: ignore[arg-type]
@@ -188,6 +190,15 @@ def test_nan_is_refused_by_the_site_it_reaches_first(position: int, site: str, k
         with pytest.raises(NonFiniteError) as caught:
             run(tuple(inputs), MERGE, IntegerArithmetic(scheme, scales, get_backend(backend)))  # type: ignore[arg-type]
         assert caught.value.site == site
+
+
+def test_coefficients_that_break_the_bound_are_refused() -> None:
+    scheme, scales = bound_rule(rule_inputs(1, 64), MERGE, 8, KINDS["per_head"])
+    for position, value in ((3, 0.5), (4, 2.5)):
+        inputs = list(rule_inputs(1, 64))
+        inputs[position] = torch.full_like(inputs[position], value)
+        with pytest.raises(QDeltaNetError, match=r"a decay or beta reaches .*; g must be <= 0 and beta <= 2"):
+            run(tuple(inputs), MERGE, IntegerArithmetic(scheme, scales, get_backend("cpu")))  # type: ignore[arg-type]
 
 
 def test_an_infinite_state_is_refused() -> None:

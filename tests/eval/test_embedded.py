@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdeltanet.eval import embedded, task_data
+from qdeltanet.eval import embedded, task_data, task_files
 from qdeltanet.eval.recall_task import recall_words
 from qdeltanet.eval.train.recall import recall_batch
 
@@ -84,7 +84,7 @@ def test_what_is_measured_was_not_calibrated_on() -> None:
 
 def test_tasks_load_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    tasks = task_data.task_manager().load(list(task_data.TASKS))["tasks"]
+    tasks = task_files.task_manager().load(list(task_data.TASKS))["tasks"]
     recall, bytes_ = tasks["recall"], tasks["bytes"]
     assert len(recall.eval_docs) == 10_240
     assert len(bytes_.eval_docs) >= 60

@@ -167,7 +167,7 @@ HEAVY = {"transformers", "datasets", "brevitas", "lm_eval", "accelerate", "trito
     "statement",
     [
         "import qdeltanet",
-        "import qdeltanet.core, qdeltanet.inverse, qdeltanet.delta_rule, qdeltanet.backends, qdeltanet.recipe, qdeltanet.nn",
+        "\n".join(f"import qdeltanet.{p}" for p in ("core", "inverse", "delta_rule", "backends", "recipe", "nn")),
     ],
     ids=["the package", "the library below the models"],
 )
