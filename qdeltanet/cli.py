@@ -99,13 +99,13 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     """Narrow enough for 80 columns; names to the left, figures to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left")
     for name in left:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=12 if name == "recipe" else None)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
-_DEMO_COLUMNS = ("recall", "to float, paired", "NLL", "saturated")
+_DEMO_COLUMNS = ("recall", "to float, paired", "NLL", "clipped")
 
 
 @app.command(
@@ -235,12 +235,12 @@ def _is_checkpoint(model: str) -> bool:
 
 def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
     """One task, a row per recipe and metric; differences are paired, to the first row."""
-    table = _table(task, ("recipe", "run", "metric"), ("value", "to first row, paired", "saturated"))
+    table = _table(task, ("recipe", "run", "metric"), ("value", "to first row, paired", "clipped"))
     for i, row in enumerate(rows):
         for metric, m in row["tasks"].get(task, {}).items():
             value, difference = f"{m['value']:.4f} ±{m['stderr']:.4f}", ""
             if "perplexity" in m:
-                metric, value = "ppl per byte", f"{m['perplexity']:.4f}"
+                metric, value = "ppl", f"{m['perplexity']:.4f}"
             if i and "difference" in m:
                 difference = f"{m['difference']:+.4f} ±{m['difference_stderr']:.4f}"
             if i and "perplexity_ratio" in m:

@@ -13,7 +13,7 @@ from ..recall_task import recall_sequence
 from .loop import IGNORE, fit, is_gate, save, slow_gates
 from .tokenizers import EOS, FIRST_KEY, FIRST_VALUE, PAD, RECALL_VOCABULARY, recall_tokenizer
 
-STEPS = 900
+STEPS = 700
 BATCH = 64
 SHORT, LONG = 64, 128
 LONG_FROM = 0.6
