@@ -45,7 +45,7 @@ def test_tiny_hybrid_knows_the_language() -> None:
     texts = [text.encode()[:400] for text in _texts(embedded.HELD_OUT_BYTES)]
     tokens = torch.tensor([[256, *text] for text in texts if len(text) == 400][:20])
     loss = model(input_ids=tokens, labels=tokens).loss
-    assert loss / torch.log(torch.tensor(2.0)) < 2.1  # bits per byte; 1.9 was measured over these 400 bytes
+    assert loss / torch.log(torch.tensor(2.0)) < 2.1  # bits per byte; it measured 1.74
 
 
 def test_recall_tokenizer_has_a_token_per_word() -> None:
