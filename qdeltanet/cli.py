@@ -156,7 +156,7 @@ def calibrate_command(
 def calibration_table(report: Any) -> Table:
     """Sites by their worst head over all layers."""
     title = f"{report['recipe']['name']}: sites, worst head over all layers"
-    table = _table(title, ("site", "format", "scale"), ("largest |x|", "SQNR dB, least", "saturated"))
+    table = _table(title, ("site", "format", "scale"), ("largest |x|", "SQNR dB, least", "clipped"))
     merged: dict[str, list[Any]] = {}
     for sites in report["layers"].values():
         for site, row in sites.items():
@@ -235,7 +235,7 @@ def _is_checkpoint(model: str) -> bool:
 
 def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
     """One task, a row per recipe and metric; differences are paired, to the first row."""
-    table = _table(task, ("recipe", "run", "metric"), ("value", "to first row, paired", "clipped"))
+    table = _table(task, ("recipe", "run", "metric"), ("value", "to first, paired", "clipped"))
     for i, row in enumerate(rows):
         for metric, m in row["tasks"].get(task, {}).items():
             value, difference = f"{m['value']:.4f} ±{m['stderr']:.4f}", ""

@@ -90,6 +90,7 @@ def test_calibrate_evaluate_export_round_trip(calibration, tmp_path):
     ("args", "says"),
     [
         (["calibrate", "tiny-recal", "-r", "int8", "-o", "x", "--dataset", "recall"], "tiny-recal"),
+        (["calibrate", "/no/where", "-r", "int8", "-o", "x", "--dataset", "recall"], "'/no/where': no such directory"),
         (["calibrate", "tiny-recall", "-r", "int9", "-o", "x"], "did you mean"),
         (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--set", "inverse.bnd=3"], "did you mean band"),
         (["calibrate", "tiny-recall", "-r", "int8", "-o", "x", "--dataset", "none.jsonl"], "no such file"),

@@ -40,8 +40,8 @@ def load_tokenizer(name: str) -> Any:
 
 def _explain(what: str, name: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not Path(name).exists() and (
-        "not a valid model identifier" in first or "offline" in first or "connect" in first
-    ):
-        return f"{what} {name!r}: no such directory, and the hub does not have it or cannot be reached"
+    if not Path(name).exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            return f"{what} {name!r}: no such directory"
+        return f"{what} {name!r}: no such directory, and from the hub: {first}"
     return f"{what} {name!r}: {first}"
