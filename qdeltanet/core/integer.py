@@ -36,6 +36,10 @@ class IntegerArithmetic:
             for site, s in scheme.sites.items():
                 if s.format is None:
                     raise BindingError(f"site {site} has format float: give it an integer format, or execute as fake")
+        if scheme.requantize == "power_of_two":
+            for key, scale in scales.items():
+                if not bool((torch.frexp(scale).mantissa == 0.5).all()):
+                    raise BindingError(f"site {key}: requantize: power_of_two needs scales that are powers of two")
         self.scheme = scheme
         self.scales = scales
         self.backend = backend

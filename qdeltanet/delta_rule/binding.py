@@ -12,7 +12,9 @@ from ..core import (
     COEFFICIENT_MAX,
     TINY,
     BindingError,
+    FloatContainers,
     Granularity,
+    IntegerArithmetic,
     IntFormat,
     ProjectionScheme,
     RuleScheme,
@@ -25,6 +27,7 @@ from ..core import (
     use_key,
 )
 from ..inverse import Plan
+from .chunk import run_rule
 from .sites import CARRIED, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
 
 # Products of the rule: (name, left site, right site, contracted axis).
@@ -67,7 +70,23 @@ def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
         if step.right is not None:
             schemes = [sites[_site(plan, r)] for r in (step.left, step.right)]
             _check_product(f"inverse.{step.out}", schemes[0], schemes[1], plan.chunk_size, scheme.accumulator_bits)
+    if scheme.requantize != "float":
+        _prove_fixed_point(bound, plan, key_dim)
     return bound
+
+
+def _prove_fixed_point(bound: RuleScheme, plan: Plan, key_dim: int) -> None:
+    """Run one chunk of zeros: every step then proves sum |acc| M < 2^62 from its formats, by the code that will run."""
+    with torch.device("cpu"):  # a model may be being built on the meta device
+        scales = {spec.key: torch.ones(1, 1, 1) for spec in scale_specs(bound, plan)}
+        arithmetic = IntegerArithmetic(bound, scales, FloatContainers(), allow_float=True)
+        x, v, g = (
+            torch.zeros(1, plan.chunk_size, 1, key_dim),
+            torch.zeros(1, plan.chunk_size, 1, 1),
+            torch.zeros(1, 1, 1),
+        )
+        g = g.expand(1, plan.chunk_size, 1)
+        run_rule(x, x, v, g, g, None, arithmetic=arithmetic, plan=plan, normalise=False, chunk_size=plan.chunk_size)
 
 
 def _site(plan: Plan, register: str) -> str:

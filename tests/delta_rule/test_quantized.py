@@ -66,10 +66,18 @@ def test_integer_requantization_is_as_accurate_as_float(kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [12, 16])
 def test_fixed_point_refuses_what_it_cannot_prove(bits: int) -> None:
-    inputs = rule_inputs()
-    scheme, scales = bound_rule(inputs, MERGE, bits, INTEGER_KINDS["fixed_point"])
     with pytest.raises(BindingError, match=r"step A: fixed-point requantization can reach .*requantize: float"):
-        run(inputs, MERGE, IntegerArithmetic(scheme, scales, get_backend("cpu")))
+        bound_rule(rule_inputs(), MERGE, bits, INTEGER_KINDS["fixed_point"])  # when bound, before anything runs
+
+
+def test_other_modes_refuse_dynamic_scales_and_crooked_powers_of_two() -> None:
+    inputs = rule_inputs()
+    with pytest.raises(BindingError, match="dynamic scale needs requantize: float"):
+        bound_rule(inputs, MERGE, 8, Kind("dynamic", requantize="fixed_point"))
+    scheme, scales = bound_rule(inputs, MERGE, 8, INTEGER_KINDS["power_of_two"])
+    scales["k"] = scales["k"] * 1.5
+    with pytest.raises(BindingError, match="site k: requantize: power_of_two needs scales that are powers of two"):
+        IntegerArithmetic(scheme, scales, get_backend("cpu"))
 
 
 CUTS = [KINDS["per_head"], KINDS["per_head dynamic"], KINDS["finest"], KINDS["finest dynamic"],
