@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains and saves; 0 done, 1 the training failed, 2 the request was wrong."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads stall a busy machine
     asked = parser().parse_args(arguments)
     output = asked.output or Path("build") / asked.model
     if asked.steps is not None and asked.steps < 1:
