@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import lm_eval
@@ -45,7 +45,6 @@ class RowResult:
     tasks: dict[str, dict[str, Documents]]
     saturated: dict[str, int]
     seconds: float
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def run_row(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs_calibration
 from ..core import QDeltaNetError
+from ..delta_rule import make_scales
 from ..models import delta_net_layers, load_model, quantize_model, set_execution
 from ..nn import Execution
 from ..recipe import Recipe, differences, load_recipe
@@ -57,8 +58,6 @@ def prepare_model(
 
 def _fill_bounds(layers: dict[int, Any]) -> None:
     """Scales of proven ranges need no data."""
-    from ..delta_rule import make_scales
-
     for layer in layers.values():
         if layer.specs and all(spec.bound for spec in layer.specs):
             layer.scales.fill(make_scales(layer.specs, {}, beta_max=layer.dims.beta_max))

@@ -16,7 +16,7 @@ from .calib import calibrate, load_samples
 from .checkpoint import Calibration, export_checkpoint, load_calibration
 from .core import QDeltaNetError, unknown
 from .core.files import whole_directory
-from .eval.embedded import DATASETS, MODELS, model_path
+from .eval.embedded import DATASETS, MODELS, dataset_path, model_path
 from .eval.evaluate import Row, evaluate
 from .eval.prepare import prepare_model
 from .eval.reload import save_logits
@@ -63,7 +63,7 @@ def run_calibration(
         raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
     path = model_path(model_name)
     tokenizer = load_tokenizer(path)
-    data = load_samples(DATASETS.get(name, name), tokenizer, samples, seq_len or length, text_column)
+    data = load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
     model = load_model(path, dtype)
     return calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
 
