@@ -36,8 +36,9 @@ class CpuBackend(FloatContainers):
 
     name = "cpu"
 
-    def matmul(self, left: Tensor, right: Tensor, bound: int, code_max: int) -> Tensor:
-        if bound > FLOAT32_EXACT or code_max > BF16_EXACT:
-            return super().matmul(left, right, bound, code_max)
+    def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
+        bound = left.shape[-1] * left_max * right_max
+        if bound > FLOAT32_EXACT or max(left_max, right_max) > BF16_EXACT:
+            return super().matmul(left, right, left_max, right_max)
         with permit_bf16():
-            return super().matmul(left, right, bound, code_max)
+            return super().matmul(left, right, left_max, right_max)

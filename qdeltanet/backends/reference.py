@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..core import FloatContainers, Granularity, IntFormat, Mode, Result, Term, exact_matmul
+from ..core import FloatContainers, Result, Target, Term, exact_matmul
 
 
 class ReferenceBackend(FloatContainers):
@@ -15,22 +15,9 @@ class ReferenceBackend(FloatContainers):
 
     name = "reference"
 
-    def matmul(self, left: Tensor, right: Tensor, bound: int, code_max: int) -> Tensor:
+    def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
         return exact_matmul(left, right)
 
-    def multiply(self, acc: Tensor, coefficient: Tensor, bound: int) -> Tensor:
-        return acc.long() * coefficient.long()
-
-    def requantize(
-        self,
-        terms: Sequence[Term],
-        fmt: IntFormat,
-        out_scale: Tensor | Granularity,
-        *,
-        mode: Mode = "float",
-        shape: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        compact: bool = False,
-    ) -> Result:
-        result = super().requantize(terms, fmt, out_scale, mode=mode, shape=shape, mask=mask, compact=compact)
+    def requantize(self, terms: Sequence[Term], target: Target) -> Result:
+        result = super().requantize(terms, target)
         return replace(result, codes=result.codes.long())

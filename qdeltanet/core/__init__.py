@@ -1,15 +1,20 @@
 """Numerics: formats, granularity, quantize, requantize, exact accumulation, the arithmetics, the Backend protocol."""
 
 from .accumulate import (
+    BYTE_MAX,
     COEFFICIENT_BITS,
     COEFFICIENT_MAX,
     FLOAT32_EXACT,
     FLOAT64_EXACT,
     INT32_LIMIT,
+    byte_matmul,
     check_bound,
+    check_product,
     coefficient_bits,
     exact_matmul,
+    part_bound,
     product_bound,
+    split_bytes,
 )
 from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic
 from .backend import Backend, FloatContainers
@@ -30,10 +35,11 @@ from .quantize import (
     saturate,
     straight_through,
 )
-from .requantize import MODES, Mode, Region, Result, Term, requantize, scaled_sum
+from .requantize import MODES, Mode, Region, Result, Target, Term, requantize, scaled_sum
 from .scheme import ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
 
 __all__ = [
+    "BYTE_MAX",
     "COEFFICIENT_BITS",
     "COEFFICIENT_MAX",
     "FLOAT32_EXACT",
@@ -61,8 +67,11 @@ __all__ = [
     "ScaleSource",
     "Side",
     "SiteScheme",
+    "Target",
     "Term",
+    "byte_matmul",
     "check_bound",
+    "check_product",
     "check_scale",
     "coefficient_bits",
     "coefficient_codes",
@@ -73,6 +82,7 @@ __all__ = [
     "fake_quantize",
     "fit_scale",
     "grouped",
+    "part_bound",
     "power_of_two_ceil",
     "product_bound",
     "quantize",
@@ -82,6 +92,7 @@ __all__ = [
     "round_half_even",
     "saturate",
     "scaled_sum",
+    "split_bytes",
     "sqnr",
     "sqnr_from_energy",
     "straight_through",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from .errors import BindingError
@@ -10,6 +13,7 @@ from .formats import IntFormat
 INT32_LIMIT = 2**31 - 1  # |accumulator| of an int32 accumulator stays below 2^31
 FLOAT32_EXACT = 2**24  # whole numbers up to here are exact in float32
 FLOAT64_EXACT = 2**53
+BYTE_MAX = 127
 COEFFICIENT_BITS = 15
 COEFFICIENT_MAX = 2  # beta <= 2 (negative eigenvalues), decay <= 1
 
@@ -31,6 +35,41 @@ def coefficient_bits(bound: int, bits: int) -> int:
     return max(COEFFICIENT_BITS, min(22, room))
 
 
+def split_bytes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) with codes = 256 high + low, both in [-128, 127]; any |code| <= 32639 = qmax of INT16.
+
+    >>> split_bytes(torch.tensor([32639, -32639, 200]))
+    (tensor([127, -127, 1]), tensor([127, -127, -56]))
+    """
+    high = torch.floor_divide(codes + 128, 256)
+    return high, codes - 256 * high
+
+
+def byte_matmul(
+    multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, left_max: int, right_max: int
+) -> Tensor:
+    """Exact int64 product of codes up to 16 bits out of products of signed bytes.
+
+    multiply: [..., M, K] @ [..., K, N] of codes within [-128, 127] with int32 accumulators (as any integer tensor).
+    A side of more than 8 bits is split: INT16 x INT8 is two products, INT16 x INT16 four.
+    """
+    lefts = split_bytes(left) if left_max > BYTE_MAX else (left,)
+    rights = split_bytes(right) if right_max > BYTE_MAX else (right,)
+    total: Tensor | None = None
+    for i, x in enumerate(reversed(lefts)):
+        for j, y in enumerate(reversed(rights)):
+            part = multiply(x, y).long() << (8 * (i + j))
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def part_bound(contracted: int, left: IntFormat, right: IntFormat) -> int:
+    """Largest |accumulator| of one product of bytes where formats of more than 8 bits are split."""
+    sides = [128 if fmt.qmax > BYTE_MAX else fmt.qmax for fmt in (left, right)]
+    return contracted * sides[0] * sides[1]
+
+
 def check_bound(step: str, bound: int, accumulator_bits: int) -> None:
     """Refuse an accumulator that could overflow, before any number does.
 
@@ -43,6 +82,17 @@ def check_bound(step: str, bound: int, accumulator_bits: int) -> None:
             f"step {step}: the accumulator can reach {bound:.3g}, {bound / limit:.3g} times the limit of "
             f"{accumulator_bits}-bit accumulation; use fewer bits, a smaller chunk size or head dimension"
         )
+
+
+def check_product(step: str, contracted: int, left: IntFormat, right: IntFormat, accumulator_bits: int) -> None:
+    """Prove that a product of codes cannot overflow. With 32-bit accumulators wide formats are split into bytes, each
+    product of bytes has an accumulator of its own, and only their shifted sum is wider.
+
+    Raises BindingError that names the step and by how much it is too large.
+    """
+    if accumulator_bits == 32:
+        check_bound(step, part_bound(contracted, left, right), 32)
+    check_bound(step, product_bound(contracted, left, right), 64)
 
 
 def exact_matmul(left: Tensor, right: Tensor) -> Tensor:

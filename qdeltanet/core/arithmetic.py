@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -57,6 +57,10 @@ class Arithmetic(Protocol):
         """Sum of terms into a site."""
         ...
 
+    def fused(self, kernel: str, *arguments: Any) -> Any:
+        """What a fused kernel of the backend makes of the arguments; None where the steps have to run one by one."""
+        ...
+
     def read(self, terms: Sequence[Term]) -> Tensor:
         """Sum of terms as float32."""
         ...
@@ -101,6 +105,9 @@ class FloatArithmetic:
     ) -> Operand:
         real = self._sum(terms, shape)
         return Operand(site, real if mask is None else real * mask, compact=compact)
+
+    def fused(self, kernel: str, *arguments: Any) -> Any:
+        return None
 
     def read(self, terms: Sequence[Term]) -> Tensor:
         return self._sum(terms, None)

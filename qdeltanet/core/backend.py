@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .accumulate import FLOAT32_EXACT
-from .formats import IntFormat
-from .granularity import Granularity
-from .requantize import Mode, Result, Term, requantize
+from .requantize import Result, Target, Term, requantize
 
 
 class Backend(Protocol):
@@ -22,26 +20,16 @@ class Backend(Protocol):
     """
 
     name: str
+    # Optional fused kernels by name: `kernel(arithmetic, *arguments)` gives what the steps would give, to the bit, or
+    # None where it declines. run_plan(plan, A) -> T; front(plan, k, write_decay) -> T; back(T, v_beta, k_beta) ->
+    # (terms of u, w).
+    kernels: Mapping[str, Callable[..., Any]]
 
-    def matmul(self, left: Tensor, right: Tensor, bound: int, code_max: int) -> Tensor:
-        """Exact product of codes [..., M, K] @ [..., K, N]; |accumulator| <= bound, |code| <= code_max."""
+    def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
+        """Exact product of codes [..., M, K] @ [..., K, N], leading axes broadcast; |codes| <= left_max, right_max."""
         ...
 
-    def multiply(self, acc: Tensor, coefficient: Tensor, bound: int) -> Tensor:
-        """Exact elementwise product of an accumulator and coefficient codes; |result| <= bound."""
-        ...
-
-    def requantize(
-        self,
-        terms: Sequence[Term],
-        fmt: IntFormat,
-        out_scale: Tensor | Granularity,
-        *,
-        mode: Mode = "float",
-        shape: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        compact: bool = False,
-    ) -> Result:
+    def requantize(self, terms: Sequence[Term], target: Target) -> Result:
         """As `qdeltanet.core.requantize`, to the bit."""
         ...
 
@@ -54,24 +42,12 @@ class FloatContainers:
     """
 
     name = "fake"
+    kernels: Mapping[str, Callable[..., Any]] = {}
 
-    def matmul(self, left: Tensor, right: Tensor, bound: int, code_max: int) -> Tensor:
+    def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
+        bound = left.shape[-1] * left_max * right_max
         dtype = torch.float32 if bound <= FLOAT32_EXACT else torch.float64
         return left.to(dtype) @ right.to(dtype)
 
-    def multiply(self, acc: Tensor, coefficient: Tensor, bound: int) -> Tensor:
-        dtype = torch.float32 if bound <= FLOAT32_EXACT else torch.float64
-        return acc.to(dtype) * coefficient.to(dtype)
-
-    def requantize(
-        self,
-        terms: Sequence[Term],
-        fmt: IntFormat,
-        out_scale: Tensor | Granularity,
-        *,
-        mode: Mode = "float",
-        shape: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        compact: bool = False,
-    ) -> Result:
-        return requantize(terms, fmt, out_scale, mode=mode, shape=shape, mask=mask, compact=compact)
+    def requantize(self, terms: Sequence[Term], target: Target) -> Result:
+        return requantize(terms, target)

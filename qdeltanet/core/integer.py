@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .accumulate import COEFFICIENT_BITS, COEFFICIENT_MAX, check_bound, coefficient_bits, product_bound
+from .accumulate import COEFFICIENT_MAX, check_product, coefficient_bits, product_bound
 from .backend import Backend
 from .errors import BindingError, NonFiniteError, QDeltaNetError
 from .granularity import Granularity, dynamic_scale, fit_scale
 from .operand import Operand, repeat_heads
 from .quantize import coefficient_codes, round_half_even, saturate
-from .requantize import Region, Term, check_fixed_point, scaled_sum
+from .requantize import Region, Target, Term, scaled_sum
 from .scheme import RuleScheme, Side, SiteScheme, use_granularity, use_key
 
 
@@ -43,22 +44,27 @@ class IntegerArithmetic:
         self.scheme = scheme
         self.scales = scales
         self.backend = backend
-        self._saturated: dict[str, Tensor] = {}
+        self._saturated: dict[str, int | Tensor] = {}
 
     # -- the five verbs ------------------------------------------------------------------------------------------
 
     def quantize(self, site: str, x: Tensor) -> Operand:
-        scheme = self._site(site)
-        if not bool(torch.isfinite(x.detach().abs().amax()) if x.numel() else True):
-            raise NonFiniteError(site)
+        scheme = self.site(site)
         held = scheme.held
         if held is None:
+            _check_finite(site, x)
             return Operand(site, x)
         x = x.to(torch.float32)
-        out = self._out_scale(site, scheme, x.shape)
-        scale = dynamic_scale(x, held.qmax, out) if isinstance(out, Granularity) else out
-        codes, saturated = saturate(round_half_even(x / scale), held)
-        self._count(site, saturated)
+        out = self.out_scale(site, scheme, x.shape)
+        if isinstance(out, Granularity):
+            scale = dynamic_scale(x, held.qmax, out)
+            _check_finite(site, scale)
+            return Operand(site, round_half_even(x / scale, new=True), scale, held)
+        scale = out
+        codes, saturated = saturate(round_half_even(x / scale, new=True), held)
+        if not isinstance(saturated, int):  # NaN and Inf lie outside of every format
+            _check_finite(site, x)
+        self.count(site, saturated)
         return Operand(site, codes, scale, held)
 
     def product(
@@ -71,17 +77,19 @@ class IntegerArithmetic:
         region: Region | None = None,
         parts: tuple[Region, Region] | None = None,
     ) -> Term:
-        left = self._use(left, "left", None if parts is None else parts[0])
-        right = self._use(right, "right", None if parts is None else parts[1])
+        contracted = left.contracted
+        left = self.use(left, "left", None if parts is None else parts[0])
+        right = self.use(right, "right", None if parts is None else parts[1])
         if left.format is None or right.format is None:
             acc, scales, bound = left.real() @ right.real(), [], 0
         else:
             assert left.scale is not None
             assert right.scale is not None
-            bound = product_bound(left.codes.shape[-1], left.format, right.format)
-            check_bound(f"{left.site} @ {right.site}", bound, self.scheme.accumulator_bits)
-            code_max = max(left.format.qmax, right.format.qmax)
-            acc = self.backend.matmul(left.codes, right.codes, bound, code_max)
+            # of the whole axis, whatever of it is skipped: fixed point depends on the bound, and must not on skipping
+            bound = product_bound(contracted, left.format, right.format)
+            step = f"{left.site} @ {right.site}"
+            check_product(step, contracted, left.format, right.format, self.scheme.accumulator_bits)
+            acc = self.backend.matmul(left.codes, right.codes, left.format.qmax, right.format.qmax)
             scales = [left.scale, right.scale]
         return self._scaled(acc, scales, bound, max(_bits(left), _bits(right)), coefficient, sign, region)
 
@@ -101,26 +109,23 @@ class IntegerArithmetic:
         mask: Tensor | None = None,
         compact: bool = False,
     ) -> Operand:
-        scheme = self._site(site)
+        scheme = self.site(site)
         if scheme.held is None:
             real = scaled_sum(terms, None, shape)
             return Operand(site, real if mask is None else real * mask, compact=compact)
-        if self.scheme.requantize != "float":
-            check_fixed_point(site, [t.bound for t in terms])
         size = tuple(shape) if shape is not None else terms[0].acc.shape
-        result = self.backend.requantize(
-            terms,
-            scheme.held,
-            self._out_scale(site, scheme, size, compact),
-            mode=self.scheme.requantize,
-            shape=shape,
-            mask=mask,
-            compact=compact,
-        )
+        scale = self.out_scale(site, scheme, size, compact)
+        where = None if shape is None else tuple(shape)
+        target = Target(scheme.held, scale, self.scheme.requantize, where, mask, compact)
+        result = self.backend.requantize(terms, target)
         if scheme.scale == "dynamic" and not bool(result.scale.isfinite().all()):
             raise NonFiniteError(site)  # the sum left float32: a method that diverges, or inputs that do
-        self._count(site, result.saturated)
+        self.count(site, result.saturated)
         return Operand(site, result.codes, result.scale, scheme.held, compact)
+
+    def fused(self, kernel: str, *arguments: Any) -> Any:
+        run = self.backend.kernels.get(kernel)
+        return None if run is None else run(self, *arguments)
 
     def read(self, terms: Sequence[Term]) -> Tensor:
         return scaled_sum(terms)
@@ -132,12 +137,12 @@ class IntegerArithmetic:
         """Clipped elements per site since the arithmetic was made."""
         return Counter({site: int(n) for site, n in self._saturated.items() if int(n)})
 
-    def _count(self, site: str, n: Tensor) -> None:
-        self._saturated[site] = self._saturated[site] + n if site in self._saturated else n
+    def count(self, site: str, n: int | Tensor) -> None:
+        self._saturated[site] = self._saturated.get(site, 0) + n
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _site(self, site: str) -> SiteScheme:
+    def site(self, site: str) -> SiteScheme:
         if site not in self.scheme.sites:
             raise BindingError(f"site {site} has no scheme in this recipe")
         return self.scheme.sites[site]
@@ -147,19 +152,19 @@ class IntegerArithmetic:
             raise BindingError(f"no calibrated scale for site {key}: calibrate with this recipe first")
         return fit_scale(self.scales[key], shape, compact)
 
-    def _out_scale(
+    def out_scale(
         self, site: str, scheme: SiteScheme, shape: Sequence[int], compact: bool = False
     ) -> Tensor | Granularity:
         if scheme.scale == "dynamic":
             return scheme.held_granularity
         return self._scale(site, shape, compact)
 
-    def _use(self, x: Operand, side: Side, part: Region | None) -> Operand:
+    def use(self, x: Operand, side: Side, part: Region | None) -> Operand:
         """Operand codes for one side of a product: a carried tensor is requantized, any other taken as it is.
 
         A dynamic scale is that of the part which takes part; a static one belongs to the whole tensor.
         """
-        scheme = self._site(x.site)
+        scheme = self.site(x.site)
         carried = scheme.carry is not None and x.format is not None and scheme.format is not None
         if part is not None and not (carried and scheme.scale != "dynamic"):
             x, part = x.part(*part), None
@@ -171,8 +176,9 @@ class IntegerArithmetic:
         if scheme.scale != "dynamic":
             out = self._scale(use_key(x.site, side), x.codes.shape, x.compact)
         term = Term(x.codes, () if x.scale is None else (x.scale,), bound=x.format.qmax)
-        result = self.backend.requantize([term], scheme.format, out, mode=self.scheme.requantize, compact=x.compact)
-        self._count(x.site, result.saturated)
+        target = Target(scheme.format, out, self.scheme.requantize, compact=x.compact)
+        result = self.backend.requantize([term], target)
+        self.count(x.site, result.saturated)
         used = replace(x, codes=result.codes, scale=result.scale, format=scheme.format)
         return used if part is None else used.part(*part)
 
@@ -189,16 +195,19 @@ class IntegerArithmetic:
         if coefficient is None:
             return Term(acc, tuple(scales), sign, bound, region)
         _check_coefficient(coefficient)
-        heads = coefficient.shape[-3]
-        acc, scales = repeat_heads(acc, heads), [repeat_heads(s, heads) for s in scales]
         if not scales:  # real numbers
-            return Term(acc * coefficient, (), sign, 0, region)
-        # In fixed point more bits would cost the multipliers of the same step theirs: 2^-22 rounds to 0 beside 2^1.
-        fraction = coefficient_bits(bound, bits) if self.scheme.requantize == "float" else COEFFICIENT_BITS
+            return Term(repeat_heads(acc, coefficient.shape[-3]) * coefficient, (), sign, 0, region)
+        fraction = coefficient_bits(bound, bits)
         wide = bound * COEFFICIENT_MAX * 2**fraction
-        acc = self.backend.multiply(acc, coefficient_codes(coefficient, fraction), wide)
-        unit = torch.tensor([[[2.0**-fraction]]], dtype=torch.float32, device=acc.device)
-        return Term(acc, (*scales, unit), sign, wide, region)
+        unit = torch.full((1, 1, 1), 2.0**-fraction, device=acc.device)
+        codes = coefficient_codes(coefficient, fraction)
+        scales = [repeat_heads(s, coefficient.shape[-3]) for s in scales]
+        return Term(acc, (*scales, unit), sign, wide, region, codes)
+
+
+def _check_finite(site: str, x: Tensor) -> None:
+    if x.numel() and not bool(x.detach().abs().amax().isfinite()):
+        raise NonFiniteError(site)
 
 
 def _check_coefficient(x: Tensor) -> None:

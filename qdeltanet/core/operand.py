@@ -41,6 +41,11 @@ class Operand:
             scale = scale[..., columns] if scale.shape[-1] > 1 else scale
         return replace(self, codes=self.codes[..., rows, columns], scale=scale)
 
+    @property
+    def contracted(self) -> int:
+        """Length of the axis that a product contracts where this is the left operand, of the whole matrix."""
+        return self.codes.shape[-1] * (self.codes.shape[-3] if self.compact else 1)
+
     def real(self) -> Tensor:
         """float32 values."""
         return self.codes.to(torch.float32) if self.scale is None else self.codes.to(torch.float32) * self.scale

@@ -31,13 +31,22 @@ def straight_through(surrogate: Tensor, exact: Tensor) -> Tensor:
     return exact
 
 
-def round_half_even(x: Tensor) -> Tensor:
-    """Round to the nearest whole number, ties to even; straight-through gradient."""
+def round_half_even(x: Tensor, new: bool = False) -> Tensor:
+    """Round to the nearest whole number, ties to even; straight-through gradient. new: x may be written to."""
+    if new and not x.requires_grad:
+        return x.round_()
     return straight_through(x, torch.round(x.detach()))
 
 
-def saturate(x: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
-    """Clamp rounded values to the format. Returns (codes, number of saturated elements)."""
+def saturate(x: Tensor, fmt: IntFormat) -> tuple[Tensor, int | Tensor]:
+    """Clamp rounded values to the format. Returns (codes, number of saturated elements).
+
+    On the CPU the usual case, nothing to clamp, costs one look at the extremes.
+    """
+    if x.device.type == "cpu" and x.numel():
+        low, high = x.detach().aminmax()
+        if float(low) >= fmt.qmin and float(high) <= fmt.qmax:
+            return x, 0
     codes = x.clamp(fmt.qmin, fmt.qmax)
     return codes, (codes != x).sum()
 

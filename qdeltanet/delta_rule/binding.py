@@ -12,14 +12,14 @@ from ..core import (
     COEFFICIENT_MAX,
     TINY,
     BindingError,
-    FloatContainers,
     Granularity,
-    IntegerArithmetic,
     IntFormat,
+    Mode,
     ProjectionScheme,
     RuleScheme,
     SiteScheme,
     check_bound,
+    check_product,
     coefficient_bits,
     power_of_two_ceil,
     product_bound,
@@ -27,7 +27,6 @@ from ..core import (
     use_key,
 )
 from ..inverse import Plan
-from .chunk import run_rule
 from .sites import CARRIED, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
 
 # Products of the rule: (name, left site, right site, contracted axis).
@@ -59,7 +58,7 @@ def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
 
     key_dim: K, the axis that q, k, w and state products contract. Raises BindingError that names the site or step.
     """
-    sites = {site: _resolve(site, _scheme_of(scheme, site), plan) for site in rule_sites(plan)}
+    sites = {site: _resolve(site, _scheme_of(scheme, site), plan, scheme.requantize) for site in rule_sites(plan)}
     bound = replace(scheme, sites=sites)
     size = {"K": key_dim, "C": plan.chunk_size}
     for name, left, right, axis in PRODUCTS:
@@ -70,23 +69,7 @@ def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
         if step.right is not None:
             schemes = [sites[_site(plan, r)] for r in (step.left, step.right)]
             _check_product(f"inverse.{step.out}", schemes[0], schemes[1], plan.chunk_size, scheme.accumulator_bits)
-    if scheme.requantize != "float":
-        _prove_fixed_point(bound, plan, key_dim)
     return bound
-
-
-def _prove_fixed_point(bound: RuleScheme, plan: Plan, key_dim: int) -> None:
-    """Run one chunk of zeros: every step then proves sum |acc| M < 2^62 from its formats, by the code that will run."""
-    with torch.device("cpu"):  # a model may be being built on the meta device
-        scales = {spec.key: torch.ones(1, 1, 1) for spec in scale_specs(bound, plan)}
-        arithmetic = IntegerArithmetic(bound, scales, FloatContainers(), allow_float=True)
-        x, v, g = (
-            torch.zeros(1, plan.chunk_size, 1, key_dim),
-            torch.zeros(1, plan.chunk_size, 1, 1),
-            torch.zeros(1, 1, 1),
-        )
-        g = g.expand(1, plan.chunk_size, 1)
-        run_rule(x, x, v, g, g, None, arithmetic=arithmetic, plan=plan, normalise=False, chunk_size=plan.chunk_size)
 
 
 def _site(plan: Plan, register: str) -> str:
@@ -102,9 +85,13 @@ def _scheme_of(scheme: RuleScheme, site: str) -> SiteScheme:
     return scheme.sites[site]
 
 
-def _resolve(site: str, s: SiteScheme, plan: Plan) -> SiteScheme:
+def _resolve(site: str, s: SiteScheme, plan: Plan, requantize: Mode) -> SiteScheme:
     if s.format is None:
         return s
+    if s.scale == "dynamic" and requantize != "float":
+        raise BindingError(
+            f"site {site}: requantize: {requantize} needs static scales; a dynamic scale needs requantize: float"
+        )
     if s.carry is not None:
         if not (is_register(site) or site in CARRIED):
             raise BindingError(f"site {site}: only {', '.join(CARRIED)} and registers of the inverse can be carried")
@@ -147,7 +134,7 @@ def _granularity(site: str, s: SiteScheme, plan: Plan) -> Granularity:
 def _check_product(step: str, left: SiteScheme, right: SiteScheme, contracted: int, accumulator_bits: int) -> None:
     if left.format is None or right.format is None:
         return
-    check_bound(step, product_bound(contracted, left.format, right.format), accumulator_bits)
+    check_product(step, contracted, left.format, right.format, accumulator_bits)
 
 
 def _check_coefficient(step: str, left: SiteScheme, right: SiteScheme, contracted: int) -> None:

@@ -12,6 +12,9 @@ from ..inverse import Plan, run_plan
 from ..inverse import plan as make_plan
 from .front import Front, check_inputs, prepare
 
+# Elements of one [B, H, C, D] tensor of a block on the CPU, and on an accelerator.
+BLOCK_ELEMENTS = (2**20, 2**27)
+
 
 def chunk_gated_delta_rule(
     query: Tensor,
@@ -68,8 +71,12 @@ def run_rule(
     plan: Plan,
     normalise: bool,
     chunk_size: int,
+    chunk_block: int | None = None,
 ) -> tuple[Tensor, Operand]:
     """As `chunk_gated_delta_rule`, with the state as an operand, so that codes are carried from call to call.
+
+    chunk_block: chunks handled at once. It bounds the memory of a call beside its inputs and its output, and changes
+    no result; None chooses.
 
     Returns float32 output [B, T, H, V] and the state operand [B, H, K, V].
     """
@@ -77,25 +84,37 @@ def run_rule(
     if plan.chunk_size != chunk_size:
         raise QDeltaNetError(f"the plan is for chunk size {plan.chunk_size}, the rule runs chunks of {chunk_size}")
     batch, tokens, heads, value_dim = value.shape
-    front = prepare(query, key, value, g, beta, chunk_size, normalise)
     if state is None:
         state = arithmetic.quantize(
             "state", value.new_zeros(batch, heads, key.shape[-1], value_dim, dtype=torch.float32)
         )
-    output, state = _scan(front, state, arithmetic, plan)
-    output = output.permute(1, 0, 3, 2, 4).reshape(batch, -1, heads, value_dim)  # [N, B, H, C, V] -> [B, T, H, V]
-    return output[:, :tokens], state
+    size = chunk_size * (chunk_block or default_chunk_block(value, key, chunk_size))
+    outputs = []
+    for start in range(0, tokens, size):
+        stop = start + size
+        q, k, v, decay, write = (x[:, start:stop] for x in (query, key, value, g, beta))
+        front = prepare(q, k, v, decay, write, chunk_size, normalise)
+        output, state = _scan(front, state, arithmetic, plan)
+        outputs += output
+    # each [B, H, C, V] -> [B, T, H, V]
+    whole = torch.cat([o.transpose(1, 2) for o in outputs], dim=1) if outputs else torch.zeros_like(value)
+    return whole[:, :tokens], state
 
 
-def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan) -> tuple[Tensor, Operand]:
-    """First what every chunk can do at once, then the walk over chunks that carries the state."""
+def default_chunk_block(value: Tensor, key: Tensor, chunk_size: int) -> int:
+    """Chunks handled at once: as many as keep a block's tensors within a CPU's cache, or fill an accelerator."""
+    batch, _, heads, value_dim = value.shape
+    elements = batch * heads * chunk_size * max(key.shape[-1], value_dim)
+    return max(1, BLOCK_ELEMENTS[value.device.type != "cpu"] // elements)
+
+
+def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan) -> tuple[list[Tensor], Operand]:
+    """First what every chunk of the block can do at once, then the walk over chunks that carries the state."""
     q, k = ar.quantize("q", front.q), ar.quantize("k", front.k)
-    A = ar.store("A", [ar.product(k, k.mT, coefficient=front.write_decay, sign=-1)])
+    T = _inverse(k, front.write_decay, ar, plan)
     attn = ar.store("attn", [ar.product(q, k.mT, coefficient=front.pairwise_decay)])
-    T = run_plan(plan, A, ar)
     v_beta, k_beta = ar.quantize("v_beta", front.v_beta), ar.quantize("k_beta", front.k_beta)
-    w = ar.store("w", _transformed(T, k_beta, ar))
-    u = _transformed(T, v_beta, ar)  # never stored: its accumulators are addends of v_new
+    u, w = _transform(T, v_beta, k_beta, ar)
     q_decay, k_decay = ar.quantize("q_decay", front.q_decay), ar.quantize("k_decay", front.k_decay)
 
     outputs = []
@@ -104,7 +123,23 @@ def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan) -> tuple[Ten
         outputs.append(ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)]))
         carried = ar.addend(state, coefficient=front.chunk_decay[n])
         state = ar.store("state", [ar.product(k_decay[n].mT, v_new), carried])
-    return torch.stack(outputs), state
+    return outputs, state
+
+
+def _inverse(k: Operand, write_decay: Tensor, ar: Arithmetic, plan: Plan) -> Operand | None:
+    """T - I, from A = -tril(diag(beta) (k k^T) * D, -1); None for T = I."""
+    fused: Operand | None = ar.fused("front", plan, k, write_decay) if plan.steps else None
+    if fused is not None:
+        return fused
+    return run_plan(plan, ar.store("A", [ar.product(k, k.mT, coefficient=write_decay, sign=-1)]), ar)
+
+
+def _transform(T: Operand | None, v_beta: Operand, k_beta: Operand, ar: Arithmetic) -> tuple[list[Term], Operand]:
+    """u = T (beta v) as terms (never stored: its accumulators are addends of v_new), and w = T (beta exp(c) k)."""
+    fused: tuple[list[Term], Operand] | None = None if T is None else ar.fused("back", T, v_beta, k_beta)
+    if fused is not None:
+        return fused
+    return _transformed(T, v_beta, ar), ar.store("w", _transformed(T, k_beta, ar))
 
 
 def _transformed(T: Operand | None, x: Operand, ar: Arithmetic) -> list[Term]:

@@ -23,6 +23,9 @@ def run_plan(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
     Registers are held as their blocks on the diagonal, and a product takes only the rows and columns that can be
     non-zero; what is skipped is exact zeros, so the codes equal those of full products.
     """
+    fused: Operand | None = arithmetic.fused("run_plan", plan, A) if plan.steps else None
+    if fused is not None:
+        return fused
     registers = {INPUT: A}
     for step, where in zip(plan.steps, geometry(plan), strict=True):
         run = _copy(step, registers, arithmetic) if where is None else _multiply(step, where, registers, arithmetic)

@@ -78,8 +78,7 @@ class QuantLinear(Float32Buffers):
         codes, saturated = saturate(round_half_even(rows[0, 0] / scale), fmt)
         self.saturated += int(saturated)
         backend = backend_for(self.execution, self.backend_name)
-        code_max = max(fmt.qmax, self.scheme.weight.qmax)
         weight = self.codes.to(torch.float32).T
-        acc = backend.matmul(codes, weight, self.bound, code_max)
+        acc = backend.matmul(codes, weight, fmt.qmax, self.scheme.weight.qmax)
         y = (acc.to(torch.float32) * scale) * self.scale
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)

@@ -34,9 +34,8 @@ from qdeltanet.inverse import Plan, plan, run_plan, site_of
 
 FORMATS = (4, 6, 8, 12, 16)
 FAST = ("cpu", "fake")
-# Fixed point is refused for wide formats (tests/delta_rule).
 CASES = [(name, bits) for name in KINDS for bits in FORMATS]
-CASES += [(name, bits) for name in INTEGER_KINDS for bits in FORMATS if bits <= 8]
+CASES += [(name, bits) for name in INTEGER_KINDS for bits in FORMATS]
 PLANS = {
     "radix 2": plan("block_merge", 32),
     "radix 4, 8": plan("block_merge", 32, radices=[4, 8]),
@@ -92,7 +91,7 @@ def test_whole_rule_on_random_inputs(p: Plan, kind: str, bits: int) -> None:
         assert sqnr(float_rule(inputs), output) > 25  # and it is the right thing that agrees
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("kind", INTEGER_KINDS)
 @pytest.mark.parametrize("p", PLANS.values(), ids=PLANS)
 def test_whole_rule_in_fixed_point_and_powers_of_two(p: Plan, kind: str, bits: int) -> None:

@@ -47,7 +47,7 @@ def test_the_switch_is_put_back_after_an_exception() -> None:
         raise RuntimeError("inside")
     assert MATMUL.fp32_precision == before
     with pytest.raises(RuntimeError):  # shapes that do not fit fail inside of the backend
-        get_backend("cpu").matmul(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 100, 1)
+        get_backend("cpu").matmul(torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1, 1)
     assert MATMUL.fp32_precision == before
 
 
@@ -55,7 +55,7 @@ def test_a_setting_of_the_users_is_kept() -> None:
     before = MATMUL.fp32_precision
     try:
         MATMUL.fp32_precision = "ieee"
-        get_backend("cpu").matmul(torch.ones(1, 2, 2), torch.ones(1, 2, 2), 2, 1)
+        get_backend("cpu").matmul(torch.ones(1, 2, 2), torch.ones(1, 2, 2), 1, 1)
         assert MATMUL.fp32_precision == "ieee"
     finally:
         MATMUL.fp32_precision = before
@@ -69,10 +69,11 @@ def test_wide_codes_never_meet_the_switch(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(cpu, "permit_bf16", forbidden)
     a = torch.full((1, 2, 2), 257.0)
-    assert get_backend("cpu").matmul(a, a, 2 * 257**2, 257)[0, 0, 0] == 2 * 257**2
-    get_backend("cpu").matmul(a, a, 2**30, 127)
+    assert get_backend("cpu").matmul(a, a, 257, 257)[0, 0, 0] == 2 * 257**2
+    long = torch.ones(1, 2, 2048)  # 2048 * 127^2 > 2^24
+    get_backend("cpu").matmul(long, long.mT, 127, 127)
     with pytest.raises(AssertionError, match="the switch was used"):
-        get_backend("cpu").matmul(a, a, 2**20, 127)
+        get_backend("cpu").matmul(a, a, 127, 127)
 
 
 def test_the_switch_under_threads() -> None:
@@ -114,7 +115,7 @@ def test_products_under_threads_are_exact() -> None:
 
     def worker(n: int) -> None:
         for _ in range(20):
-            if not torch.equal(get_backend("cpu").matmul(a, b, 32 * 127 * 127, 127).long(), expected):
+            if not torch.equal(get_backend("cpu").matmul(a, b, 127, 127).long(), expected):
                 wrong.append(n)
 
     threads = [threading.Thread(target=worker, args=(n,)) for n in range(4)]

@@ -11,10 +11,13 @@ from qdeltanet.core import (
     FLOAT64_EXACT,
     BindingError,
     IntFormat,
+    byte_matmul,
     check_bound,
     coefficient_bits,
     exact_matmul,
+    part_bound,
     product_bound,
+    split_bytes,
 )
 
 
@@ -56,3 +59,33 @@ def test_overflow_is_refused_by_name_before_it_happens(bits: int, limit: int) ->
         check_bound("w", limit + 1, bits)
     with pytest.raises(BindingError, match="4 times the limit"):
         check_bound("w", 4 * limit, bits)
+
+
+@given(codes=st.lists(st.integers(-32639, 32639), min_size=1, max_size=30))
+def test_codes_split_into_signed_bytes(codes: list[int]) -> None:
+    x = torch.tensor([*codes, 32639, -32639, 127, 128, -128, -129])
+    for container in (torch.int64, torch.int32, torch.float64, torch.float32):
+        high, low = split_bytes(x.to(container))
+        assert torch.equal(high.long() * 256 + low.long(), x)
+        for part in (high, low):
+            assert int(part.min()) >= -128
+            assert int(part.max()) <= 127
+
+
+@pytest.mark.parametrize(("left", "right", "products"), [(8, 8, 1), (16, 8, 2), (9, 16, 4), (4, 12, 2)])
+def test_products_of_bytes_add_up_to_wide_products(left: int, right: int, products: int) -> None:
+    a_fmt, b_fmt = IntFormat(left), IntFormat(right)
+    make = torch.Generator().manual_seed(0)
+    a = torch.randint(a_fmt.qmin, a_fmt.qmax + 1, (2, 5, 64), generator=make)
+    b = torch.randint(b_fmt.qmin, b_fmt.qmax + 1, (2, 64, 3), generator=make)
+    a[0, 0], b[0, :, 0] = a_fmt.qmax, b_fmt.qmin
+    calls = []
+
+    def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        acc = exact_matmul(x, y)
+        assert int(acc.abs().max()) <= part_bound(64, a_fmt, b_fmt) < 2**31
+        calls.append(1)
+        return acc.to(torch.int32)
+
+    assert torch.equal(byte_matmul(multiply, a, b, a_fmt.qmax, b_fmt.qmax), a @ b)
+    assert len(calls) == products

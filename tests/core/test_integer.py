@@ -49,7 +49,7 @@ def test_coefficients_multiply_the_accumulator_as_codes() -> None:
     coefficient = torch.tensor([[[0.3, 1.0], [0.0, 2.0]]])
     x = Operand("x", codes, ONE / 100, INT8)
     term = ar.product(x, Operand("x", torch.eye(2)[None], ONE, INT8), coefficient=coefficient)
-    assert torch.equal(term.acc, codes.long() * torch.tensor([[[9830, 32768], [0, 65536]]]))
+    assert torch.equal(term.int64(), codes.long() * torch.tensor([[[9830, 32768], [0, 65536]]]))
     assert term.bound == 2 * 127 * 127 * 2 * 2**15
     assert torch.allclose(ar.read([term]), codes / 100 * coefficient, atol=2e-5)
 
@@ -98,8 +98,10 @@ def test_products_that_could_overflow_are_refused_at_the_latest_when_they_run() 
     scheme = RuleScheme({"x": SiteScheme(INT16, "dynamic")}, accumulator_bits=32)
     ar = IntegerArithmetic(scheme, {}, get_backend("reference"))
     x = ar.quantize("x", torch.rand(1, 8, 8))
+    ar.product(x, x)
+    x = ar.quantize("x", torch.zeros(1, 1, 2**17))
     with pytest.raises(BindingError, match=r"step x @ x: .*32-bit accumulation"):
-        ar.product(x, x)
+        ar.product(x, x.mT)
 
 
 def test_float_arithmetic_keeps_the_dtype_and_observers_see_every_site() -> None:

@@ -14,8 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdeltanet.core import TINY, BindingError, Granularity, IntFormat, Region, Result, Term, requantize, scaled_sum
-from qdeltanet.core.requantize import check_fixed_point, multiplier_bits
+from qdeltanet.core import (
+    MODES,
+    TINY,
+    BindingError,
+    Granularity,
+    IntFormat,
+    Mode,
+    Region,
+    Result,
+    Target,
+    Term,
+    requantize,
+    scaled_sum,
+)
+from qdeltanet.core.requantize import fixed_point_bits
 
 f32, f64 = np.float32, np.float64
 HEADS, ROWS, COLUMNS = 2, 3, 5
@@ -145,15 +158,10 @@ def clamp(n: int, bits: int) -> int:
     return max(-q, min(q, n))
 
 
-def run(case: Case, out_scale: torch.Tensor | Granularity, mode: str) -> Result:
-    return requantize(
-        case.terms(),
-        IntFormat(case.bits),
-        out_scale,
-        mode=mode,
-        shape=SHAPE if any(r is not None for r in case.regions) else None,
-        mask=None if case.mask.all() else torch.from_numpy(case.mask),
-    )
+def run(case: Case, out_scale: torch.Tensor | Granularity, mode: Mode) -> Result:
+    shape = SHAPE if any(r is not None for r in case.regions) else None
+    mask = None if case.mask.all() else torch.from_numpy(case.mask)
+    return requantize(case.terms(), Target(IntFormat(case.bits), out_scale, mode, shape, mask))
 
 
 def check(result: Result, expected: dict[tuple[int, int, int], int], bits: int) -> None:
@@ -188,10 +196,18 @@ def test_float_mode_with_a_dynamic_output_scale(case: Case, granularity: Granula
     assert int(result.saturated) == 0
 
 
+def half_away(x: int, shift: int) -> int:
+    """x / 2^shift, rounded half away from zero."""
+    magnitude = math.floor(Fraction(abs(x), 2**shift) + Fraction(1, 2))
+    return magnitude if x > 0 else -magnitude
+
+
 def slow_fixed_point(case: Case, h: int) -> dict[tuple[int, int, int], int]:
     """Unclamped codes of one head, on Python integers."""
-    bits = 22 if case.wide else 31
-    m: dict[tuple[int, int, int], np.float32] = {}
+    bounds = [t.bound for t in case.terms()]
+    pre = [max(0, math.ceil(math.log2(b + 1)) - 31) for b in bounds]
+    bits = min(31, 62 - math.ceil(math.log2(sum((b >> p) + (p > 0) for b, p in zip(bounds, pre, strict=True)) + 1)))
+    m: dict[tuple[int, int, int], np.float64] = {}
     for t, (r, c) in itertools.product(range(len(case.accs)), itertools.product(range(ROWS), range(COLUMNS))):
         where = case.covers(t, r, c)
         if where is None:
@@ -199,7 +215,7 @@ def slow_fixed_point(case: Case, h: int) -> dict[tuple[int, int, int], int]:
         product = f64(1)
         for s in case.scales[t]:
             product = product * f64(at(s, h, *where))
-        m[t, r, c] = f32(product / f64(at(case.out, h, r, c)) * case.signs[t])
+        m[t, r, c] = f64(f32(product / f64(at(case.out, h, r, c)) * case.signs[t])) * 2.0 ** pre[t]
     n = bits - math.frexp(max(abs(float(x)) for x in m.values()))[1]
     n = max(1, min(62, n))
     codes = {}
@@ -210,9 +226,9 @@ def slow_fixed_point(case: Case, h: int) -> dict[tuple[int, int, int], int]:
             if where is not None:
                 fixed = round(Fraction(float(m[t, r, c])) * 2**n)
                 assert abs(fixed) <= 2**bits
-                total += int(case.accs[t][h, where[0], where[1]]) * fixed
-        sign = (total > 0) - (total < 0)
-        codes[h, r, c] = sign * ((abs(total) + (1 << (n - 1))) >> n) * int(case.mask[r, c])
+                total += half_away(int(case.accs[t][h, where[0], where[1]]), pre[t]) * fixed
+        assert abs(total) < 2**62
+        codes[h, r, c] = half_away(total, n) * int(case.mask[r, c])
     return codes
 
 
@@ -245,9 +261,10 @@ def test_the_modes_differ_at_ties() -> None:
     acc = torch.tensor([[[1.0, 3.0, 5.0, -1.0, -3.0, -5.0]]])
     term = Term(acc, (torch.tensor([[[0.5]]]),), bound=10)
     one, fmt = torch.ones(1, 1, 1), IntFormat(8)
-    assert requantize([term], fmt, one).codes.flatten().tolist() == [0, 2, 2, 0, -2, -2]
-    for mode in ("fixed_point", "power_of_two"):
-        assert requantize([term], fmt, one, mode=mode).codes.flatten().tolist() == [1, 2, 3, -1, -2, -3]
+    assert requantize([term], Target(fmt, one)).codes.flatten().tolist() == [0, 2, 2, 0, -2, -2]
+    modes: tuple[Mode, ...] = ("fixed_point", "power_of_two")
+    for mode in modes:
+        assert requantize([term], Target(fmt, one, mode)).codes.flatten().tolist() == [1, 2, 3, -1, -2, -3]
 
 
 def test_a_wide_accumulator_is_converted_once() -> None:
@@ -273,8 +290,8 @@ def test_a_scale_that_is_next_to_nothing_saturates_in_every_mode() -> None:
     acc = torch.tensor([[[5, -5, 0, 2**20]]])
     term = Term(acc, (torch.full((1, 1, 1), 0.01),), bound=2**21)
     tiny = torch.full((1, 1, 1), TINY / 127)
-    for mode in ("float", "fixed_point", "power_of_two"):
-        result = requantize([term], IntFormat(8), tiny, mode=mode)
+    for mode in MODES:
+        result = requantize([term], Target(IntFormat(8), tiny, mode))
         assert result.codes.flatten().tolist() == [127, -127, 0, 127], mode
         assert int(result.saturated) == 3
 
@@ -286,37 +303,53 @@ def test_a_dynamic_scale_divides_as_ieee_does() -> None:
     felt = False
     for step in range(1, 60):
         acc = torch.cat([ties * 2 * step, torch.tensor([254.0 * step])])  # the last one makes the scale 2 * step
-        result = requantize([Term(acc[None, None], bound=2**20)], IntFormat(8), Granularity.PER_HEAD)
+        result = requantize([Term(acc[None, None], bound=2**20)], Target(IntFormat(8), Granularity.PER_HEAD))
         assert float(result.scale) == 2 * step
         assert torch.equal(result.codes[0, 0, :-1], expected)
         felt |= not torch.equal(torch.round(acc[:-1] * (1 / result.scale[0, 0])), expected)
     assert felt
 
 
-def test_multiplier_bits_depend_on_the_widest_term() -> None:
-    narrow, wide = (Term(torch.zeros(1, 1, 1), bound=b) for b in (2**31 - 1, 2**31))
-    assert multiplier_bits([narrow, narrow]) == 31
-    assert multiplier_bits([narrow, wide]) == 22
+@pytest.mark.parametrize(
+    ("bounds", "shifts", "bits"),
+    [
+        ([2**31 - 1], (0,), 31),
+        ([2**31], (1,), 31),
+        ([2**31 - 1, 1], (0, 0), 30),
+        ([2**53], (23,), 31),
+        ([2**53, 2**53, 2**53, 127], (23, 23, 23, 0), 30),
+        ([127, 127], (0, 0), 31),
+    ],
+)
+def test_wide_accumulators_are_shifted_until_the_sum_is_proven(
+    bounds: list[int], shifts: tuple[int, ...], bits: int
+) -> None:
+    assert fixed_point_bits(bounds) == (shifts, bits)
+    assert sum((b >> p) + (p > 0) for b, p in zip(bounds, shifts, strict=True)) * 2**bits < 2**62
 
 
-@pytest.mark.parametrize(("fits", "fails"), [([2**31 - 1], [2**31 - 1, 1]), ([2**40 - 1], [2**40])])
-def test_fixed_point_is_refused_where_its_sum_could_overflow(fits: list[int], fails: list[int]) -> None:
-    check_fixed_point("inverse.N8", fits)
-    with pytest.raises(BindingError, match=r"step inverse\.N8: .*1 times 2\^62; use fewer bits or requantize: float"):
-        check_fixed_point("inverse.N8", fails)
+@given(codes=st.lists(st.integers(-(2**22), 2**22), min_size=4, max_size=4), wide=st.booleans())
+def test_coefficients_make_the_wide_accumulator_that_is_converted_once(codes: list[int], wide: bool) -> None:
+    acc = torch.tensor(codes).reshape(1, 2, 2)
+    coefficient = torch.tensor([[[65536.0, 1.0], [32767.0, 3.0]], [[0.0, 7.0], [65535.0, 2.0]]])  # two heads share acc
+    exact = [int(a) * int(c) for c, a in zip(coefficient.flatten().tolist(), 2 * codes, strict=True)]
+    for container in (torch.int64, torch.float64, torch.float32):
+        term = Term(acc.to(container), (), bound=2**39, coefficient=coefficient)
+        assert term.int64().flatten().tolist() == exact
+        assert term.float32()[0].flatten().tolist() == [float(f32(x)) for x in exact]
 
 
 @pytest.mark.parametrize("mode", ["fixed_point", "power_of_two"])
-def test_dynamic_scales_need_float_requantization(mode: str) -> None:
+def test_dynamic_scales_need_float_requantization(mode: Mode) -> None:
     with pytest.raises(BindingError, match=f"{mode} needs static scales"):
-        requantize([Term(torch.ones(1, 2, 2))], IntFormat(8), Granularity.PER_HEAD, mode=mode)
+        requantize([Term(torch.ones(1, 2, 2))], Target(IntFormat(8), Granularity.PER_HEAD, mode))
 
 
-@pytest.mark.parametrize("mode", ["float", "fixed_point", "power_of_two"])
-def test_gradient_is_straight_through(mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_is_straight_through(mode: Mode) -> None:
     acc = torch.tensor([[[10.0, -20.0, 4000.0]]], requires_grad=True)
     scale, out = torch.tensor([[[0.25]]]), torch.tensor([[[0.5]]])
-    result = requantize([Term(acc, (scale,), sign=-1, bound=4000)], IntFormat(8), out, mode=mode)
+    result = requantize([Term(acc, (scale,), sign=-1, bound=4000)], Target(IntFormat(8), out, mode))
     assert result.codes.tolist() == [[[-5.0, 10.0, -127.0]]]
     result.codes.sum().backward()
     assert acc.grad.tolist() == [[[-0.5, -0.5, 0.0]]]
