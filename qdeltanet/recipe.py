@@ -115,6 +115,7 @@ class Recipe(_Strict):
     chunk_size: int = 64
     requantize: Literal["float", "fixed_point", "power_of_two"] = "float"
     accumulator_bits: Literal[32, 64] = 64
+    decay: Literal["exp", "exp2"] = "exp"
     observer: ObserverConfig = ObserverConfig()
     sites: dict[str, SiteConfig] = {"*": SiteConfig(format="int8")}
     inverse: InverseConfig = InverseConfig()
@@ -158,7 +159,7 @@ class Recipe(_Strict):
         sites = _site_schemes(built, patterns, inverse, other_plan=any(o.inverse for o in overrides))
         rule = None
         if any(s.format is not None for s in sites.values()):
-            rule = RuleScheme(sites, self.requantize, self.accumulator_bits)
+            rule = RuleScheme(sites, self.requantize, self.accumulator_bits, self.decay)
         return LayerScheme(built, rule, _projection_schemes(projections), inverse.rescale == "shared")
 
     def _inverse(self, override: LayerConfig, base: InverseConfig | None = None) -> InverseConfig:

@@ -19,6 +19,7 @@ from .accumulate import (
 from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic
 from .backend import Backend, FloatContainers
 from .errors import BindingError, NonFiniteError, QDeltaNetError, unknown
+from .exp2 import difference_decay, exp2, log2_decay
 from .formats import IntFormat
 from .granularity import TINY, Granularity, dynamic_scale, fit_scale, grouped
 from .integer import IntegerArithmetic
@@ -35,8 +36,9 @@ from .quantize import (
     saturate,
     straight_through,
 )
-from .requantize import MODES, Mode, Region, Result, Target, Term, requantize, scaled_sum
-from .scheme import ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
+from .requantize import MODES, Mode, Result, Target, requantize
+from .scheme import Decay, ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
+from .terms import Region, Term, multipliers, scaled_sum
 
 __all__ = [
     "BYTE_MAX",
@@ -50,6 +52,7 @@ __all__ = [
     "Arithmetic",
     "Backend",
     "BindingError",
+    "Decay",
     "FloatArithmetic",
     "FloatContainers",
     "Granularity",
@@ -77,11 +80,15 @@ __all__ = [
     "coefficient_codes",
     "dequantize",
     "diagonal_blocks",
+    "difference_decay",
     "dynamic_scale",
     "exact_matmul",
+    "exp2",
     "fake_quantize",
     "fit_scale",
     "grouped",
+    "log2_decay",
+    "multipliers",
     "part_bound",
     "power_of_two_ceil",
     "product_bound",

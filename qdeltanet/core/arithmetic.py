@@ -11,12 +11,19 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .operand import Operand, repeat_heads
-from .requantize import Region, Term
+from .operand import Operand, block_part, repeat_heads, sub_blocks
+from .scheme import Decay
+from .terms import Region, Term, place
 
 
 class Arithmetic(Protocol):
-    """Five verbs; a dataflow written in them runs in float, fake quantization and integers."""
+    """Five verbs; a dataflow written in them runs in float, fake quantization and integers.
+
+    decay: how the front end makes decay out of its logarithm.
+    """
+
+    @property
+    def decay(self) -> Decay: ...
 
     def quantize(self, site: str, x: Tensor) -> Operand:
         """A float32 tensor [..., H, R, C] enters at a site."""
@@ -31,18 +38,29 @@ class Arithmetic(Protocol):
         sign: int = 1,
         region: Region | None = None,
         parts: tuple[Region, Region] | None = None,
+        size: int = 0,
     ) -> Term:
         """left @ right, times a data-dependent coefficient in [0, 2] where given.
 
-        parts: rows and columns of left and of right that take part, where the rest is known to be zero; region: rows
+        parts: rows and columns of left and of right that take part, where the rest is known to be zero, of their
+        diagonal blocks of `size` (or larger registers' smaller blocks, put together to that size); region: rows
         and columns of the output that the product then covers.
         """
         ...
 
     def addend(
-        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+        self,
+        x: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        size: int | None = None,
     ) -> Term:
-        """An operand as a summand."""
+        """An operand as a summand.
+
+        size: x is a compact register of smaller blocks than the output's, which have this size.
+        """
         ...
 
     def store(
@@ -69,6 +87,8 @@ class Arithmetic(Protocol):
 class FloatArithmetic:
     """Real numbers throughout: nothing is rounded to codes."""
 
+    decay: Decay = "exp"
+
     def quantize(self, site: str, x: Tensor) -> Operand:
         return Operand(site, x)
 
@@ -81,17 +101,26 @@ class FloatArithmetic:
         sign: int = 1,
         region: Region | None = None,
         parts: tuple[Region, Region] | None = None,
+        size: int = 0,
     ) -> Term:
         if parts is not None:
-            left, right = left.part(*parts[0]), right.part(*parts[1])
+            left, right = block_part(left, size, *parts[0]), block_part(right, size, *parts[1])
         acc = left.codes @ right.codes
         if coefficient is not None:
             acc = repeat_heads(acc, coefficient.shape[-3]) * coefficient
         return Term(acc, sign=sign, region=region)
 
     def addend(
-        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+        self,
+        x: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        size: int | None = None,
     ) -> Term:
+        if size is not None:
+            return Term(sub_blocks(x.codes, size), sign=sign, blocks=x.codes.shape[-1])
         return Term(x.codes if coefficient is None else x.codes * coefficient, sign=sign, region=region)
 
     def store(
@@ -115,11 +144,11 @@ class FloatArithmetic:
     @staticmethod
     def _sum(terms: Sequence[Term], shape: Sequence[int] | None) -> Tensor:
         """Like scaled_sum, in the dtype of the terms (float64 stays float64)."""
-        if any(t.region is not None for t in terms):
+        if any(t.region is not None or t.blocks is not None for t in terms):
             assert shape is not None
             total = terms[0].acc.new_zeros(*shape)
             for t in terms:
-                part = total if t.region is None else total[..., t.region[0], t.region[1]]
+                part = place(total, t)
                 part.add_(t.acc) if t.sign > 0 else part.sub_(t.acc)
             return total
         total = terms[0].acc if terms[0].sign > 0 else -terms[0].acc

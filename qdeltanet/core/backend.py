@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .accumulate import FLOAT32_EXACT
-from .requantize import Result, Target, Term, requantize
+from .requantize import Result, Target, requantize
+from .terms import Term
 
 
 class Backend(Protocol):

@@ -14,10 +14,11 @@ from .accumulate import COEFFICIENT_MAX, check_product, coefficient_bits, produc
 from .backend import Backend
 from .errors import BindingError, NonFiniteError, QDeltaNetError
 from .granularity import Granularity, dynamic_scale, fit_scale
-from .operand import Operand, repeat_heads
+from .operand import Operand, block_part, diagonal_blocks, repeat_heads, sub_blocks
 from .quantize import coefficient_codes, round_half_even, saturate
-from .requantize import Region, Target, Term, scaled_sum
-from .scheme import RuleScheme, Side, SiteScheme, use_granularity, use_key
+from .requantize import Target
+from .scheme import Decay, RuleScheme, Side, SiteScheme, use_granularity, use_key
+from .terms import Region, Term, scaled_sum
 
 
 class IntegerArithmetic:
@@ -45,6 +46,10 @@ class IntegerArithmetic:
         self.scales = scales
         self.backend = backend
         self._saturated: dict[str, int | Tensor] = {}
+
+    @property
+    def decay(self) -> Decay:
+        return self.scheme.decay
 
     # -- the five verbs ------------------------------------------------------------------------------------------
 
@@ -76,10 +81,11 @@ class IntegerArithmetic:
         sign: int = 1,
         region: Region | None = None,
         parts: tuple[Region, Region] | None = None,
+        size: int = 0,
     ) -> Term:
         contracted = left.contracted
-        left = self.use(left, "left", None if parts is None else parts[0])
-        right = self.use(right, "right", None if parts is None else parts[1])
+        left = self.use(left, "left", None if parts is None else parts[0], size)
+        right = self.use(right, "right", None if parts is None else parts[1], size)
         if left.format is None or right.format is None:
             acc, scales, bound = left.real() @ right.real(), [], 0
         else:
@@ -94,10 +100,19 @@ class IntegerArithmetic:
         return self._scaled(acc, scales, bound, max(_bits(left), _bits(right)), coefficient, sign, region)
 
     def addend(
-        self, x: Operand, *, coefficient: Tensor | None = None, sign: int = 1, region: Region | None = None
+        self,
+        x: Operand,
+        *,
+        coefficient: Tensor | None = None,
+        sign: int = 1,
+        region: Region | None = None,
+        size: int | None = None,
     ) -> Term:
         scales = [] if x.scale is None else [x.scale]
         bound = 0 if x.format is None else x.format.qmax
+        if size is not None:
+            split = tuple(sub_blocks(s, size, x.codes.shape[-1]) for s in scales)
+            return Term(sub_blocks(x.codes, size), split, sign, bound, blocks=x.codes.shape[-1])
         return self._scaled(x.codes, scales, bound, _bits(x), coefficient, sign, region)
 
     def store(
@@ -159,7 +174,7 @@ class IntegerArithmetic:
             return scheme.held_granularity
         return self._scale(site, shape, compact)
 
-    def use(self, x: Operand, side: Side, part: Region | None) -> Operand:
+    def use(self, x: Operand, side: Side, part: Region | None, size: int = 0) -> Operand:
         """Operand codes for one side of a product: a carried tensor is requantized, any other taken as it is.
 
         A dynamic scale is that of the part which takes part; a static one belongs to the whole tensor.
@@ -167,7 +182,9 @@ class IntegerArithmetic:
         scheme = self.site(x.site)
         carried = scheme.carry is not None and x.format is not None and scheme.format is not None
         if part is not None and not (carried and scheme.scale != "dynamic"):
-            x, part = x.part(*part), None
+            x, part = block_part(x, size, *part), None
+        elif part is not None:
+            x = diagonal_blocks(x, size)
         if not carried:
             return x
         assert x.format is not None

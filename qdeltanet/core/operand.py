@@ -58,6 +58,42 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[-3], dim=-3)
 
 
+def sub_blocks(x: Tensor, size: int, block: int | None = None) -> Tensor:
+    """[..., n, b, b] -> [..., n / f, f, b, b], the blocks that make up each larger one of `size` = f b.
+
+    block: b where x is a scale, whose last axes may be 1.
+    """
+    if x.shape[-3] == 1:
+        return x.unsqueeze(-3)
+    return x.unflatten(-3, (-1, size // (block or x.shape[-1])))
+
+
+def block_part(x: Operand, size: int, rows: slice, columns: slice) -> Operand:
+    """Rows and columns of the diagonal blocks of `size`, of a matrix or of a register of blocks up to that size.
+
+    size 0: of the matrix as it is. What lies within one of the smaller blocks is a view of them; else they are
+    embedded first.
+    """
+    block = x.codes.shape[-1]
+    if size == 0:
+        return x.part(rows, columns)
+    if x.compact and block < size:
+        which = rows.start // block
+        if {which} == {i // block for i in (rows.stop - 1, columns.start, columns.stop - 1)}:
+            start = which * block
+            inside = (slice(axis.start - start, axis.stop - start) for axis in (rows, columns))
+            return _every(x, size // block, which).part(*inside)
+    return diagonal_blocks(x, size).part(rows, columns)
+
+
+def _every(x: Operand, stride: int, which: int) -> Operand:
+    """Every stride-th block of a compact register, from number `which` on."""
+    scale = x.scale
+    if scale is not None and scale.shape[-3] > 1:
+        scale = scale[..., which::stride, :, :]
+    return replace(x, codes=x.codes[..., which::stride, :, :], scale=scale)
+
+
 def _split_axis(scale: Tensor, axis: int, block: int) -> Tensor:
     """[..., C, 1] -> [..., n, b, 1] or [..., 1, C] -> [..., n, 1, b]; a scale that keeps no axis gains one of 1."""
     if scale.shape[axis] == 1:

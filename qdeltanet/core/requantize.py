@@ -6,8 +6,8 @@ this definition rounds twice, and would change bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,65 +17,24 @@ from .errors import BindingError
 from .formats import IntFormat
 from .granularity import Granularity, dynamic_scale
 from .quantize import round_half_even, saturate, straight_through
+from .terms import (
+    Piece,
+    Term,
+    are_disjoint,
+    assemble,
+    part_of_scale,
+    per_head,
+    place,
+    scaled_pieces,
+    scaled_sum,
+)
+from .terms import multipliers as multipliers
 
 Mode = Literal["float", "fixed_point", "power_of_two"]
 MODES: tuple[Mode, ...] = ("float", "fixed_point", "power_of_two")
-Region = tuple[slice, slice]
-
 MULTIPLIER_BITS = 31
 NARROW_LIMIT = 2**31  # an accumulator below it fits int32
 SUM_LIMIT_BITS = 62
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a requantization: an exact accumulator (or codes) and the scales that make it real.
-
-    acc: [..., R, C] whole numbers in any container (int64, float32, float64), or real float32 where nothing is
-    quantized. scales: float32 factors, each broadcastable to the output and keeping at most one of the last two axes.
-    sign: +1 or -1. bound: largest |acc| (times coefficient), 0 for real numbers. region: rows and columns of the output
-    that acc covers, None for all of them; the rest of the output is zero for this term. coefficient: coefficient codes
-    that multiply acc into a wide accumulator; they may have a multiple of acc's heads.
-    """
-
-    acc: Tensor
-    scales: tuple[Tensor, ...] = ()
-    sign: int = 1
-    bound: int = 0
-    region: Region | None = None
-    coefficient: Tensor | None = None
-
-    def __getitem__(self, n: int) -> Term:
-        """The term of chunk n, for [N, B, H, R, C] accumulators."""
-        coefficient = None if self.coefficient is None else self.coefficient[n]
-        scales = tuple(s[n] if s.dim() > 3 else s for s in self.scales)
-        return replace(self, acc=self.acc[n], scales=scales, coefficient=coefficient)
-
-    def float32(self) -> tuple[Tensor, bool]:
-        """f32(acc): the accumulator as one whole number, converted once. Also says whether the tensor is a new one.
-
-        A float32 container and coefficient codes are both exact in float32, so their float32 product is the wide
-        accumulator rounded once: no wider container is needed.
-        """
-        if self.coefficient is None:
-            value = self.acc.to(torch.float32)
-            return value, value is not self.acc
-        container = self.acc.dtype
-        wide = per_head(torch.mul, self.acc, self.coefficient.to(container))
-        return wide.to(torch.float32), True
-
-    def int64(self) -> Tensor:
-        """The accumulator, times its coefficient codes."""
-        acc = self.acc.detach().long()
-        return acc if self.coefficient is None else per_head(torch.mul, acc, self.coefficient.long())
-
-
-def per_head(operation: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """operation(x, y) where y may have a multiple of x's heads: consecutive heads of y share one of x."""
-    if x.dim() < 3 or y.dim() < 3 or x.shape[-3] in (1, y.shape[-3]) or y.shape[-3] == 1:
-        return operation(x, y)
-    grouped = y.unflatten(-3, (x.shape[-3], -1))
-    return operation(x.unsqueeze(-3), grouped).flatten(-4, -3)
 
 
 @dataclass(frozen=True)
@@ -102,69 +61,6 @@ class Result:
     codes: Tensor
     scale: Tensor
     saturated: int | Tensor
-
-
-def multipliers(scales: Sequence[Tensor], out_scale: Tensor | None, sign: int) -> list[Tensor]:
-    """float32(float64(s_a) * s_b / s_out): one factor, or two (row, column) where rows and columns both vary."""
-    factors = [(s.double(), False) for s in scales] + ([] if out_scale is None else [(out_scale.double(), True)])
-    columns = [f for f in factors if f[0].shape[-1] > 1]
-    rows = [f for f in factors if f[0].shape[-1] == 1]
-    groups = [rows, columns] if columns and any(f[0].shape[-2] > 1 for f in rows) else [rows + columns]
-    result = []
-    for i, group in enumerate(groups):
-        value: Tensor | None = None
-        for factor, inverse in group:
-            if value is None:
-                value = factor.reciprocal() if inverse else factor
-            else:
-                value = value / factor if inverse else value * factor
-        if value is not None:
-            result.append(((value * sign) if i == 0 else value).to(torch.float32))
-    return result
-
-
-def _region_of(scale: Tensor | None, region: Region | None) -> Tensor | None:
-    """The part of an output scale that belongs to a region."""
-    if scale is None or region is None:
-        return scale
-    rows, columns = region
-    scale = scale[..., rows, :] if scale.shape[-2] > 1 else scale
-    return scale[..., columns] if scale.shape[-1] > 1 else scale
-
-
-def scaled_sum(terms: Sequence[Term], out_scale: Tensor | None = None, shape: Sequence[int] | None = None) -> Tensor:
-    """r = f32(acc_0) * m_0, then r = r + f32(acc_t) * m_t in order, each operation rounded to float32.
-
-    shape: of the output; needed only where terms cover regions of it. Returns float32 [..., R, C], never a tensor of
-    the caller's.
-    """
-    assert terms, "a requantization needs at least one term"
-    regional = any(t.region is not None for t in terms)
-    assert shape is not None or not regional
-    total = terms[0].acc.new_zeros(*(shape or ()), dtype=torch.float32) if regional else None
-    for term in terms:
-        value = _scaled(term, out_scale)
-        if total is None:
-            total = value
-        elif term.region is None:
-            total = total.add_(value)
-        else:
-            total[..., term.region[0], term.region[1]] += value
-    assert total is not None
-    return total
-
-
-def _scaled(term: Term, out_scale: Tensor | None) -> Tensor:
-    """f32(acc) * m as a new tensor."""
-    value, new = term.float32()
-    factors = multipliers(term.scales, _region_of(out_scale, term.region), term.sign)
-    if not factors and term.sign < 0:
-        factors = [torch.full((), -1.0, device=value.device)]
-    for factor in factors:
-        fits = new and value.dim() >= factor.dim() and value.shape == torch.broadcast_shapes(value.shape, factor.shape)
-        value = value.mul_(factor) if fits else per_head(torch.mul, value, factor)
-        new = True
-    return value if new else value.clone()
 
 
 def fixed_point_bits(bounds: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -199,17 +95,21 @@ def fixed_point_multipliers(terms: Sequence[Term], target: Target) -> tuple[list
         m = torch.ones((), dtype=torch.float64, device=target.scale.device)
         for scale in term.scales:
             m = per_head(torch.mul, m, scale.double()) if m.dim() else m * scale.double()
-        out_part = _region_of(target.scale, term.region)
+        out_part = part_of_scale(target.scale, term)
         assert out_part is not None
         m = per_head(torch.div, m, out_part.double()) if m.dim() else m / out_part.double()
         real.append((m * term.sign).to(torch.float32).double() * 2.0**p)
         # One shift for a whole matrix, so that a backend that skips zero blocks finds the same one.
         matrix = (-1, -2, -3) if target.compact else (-1, -2)
-        largest = torch.maximum(largest, real[-1].abs().amax(matrix, keepdim=True))
+        top = real[-1].abs()
+        top = top.amax(-3) if term.blocks is not None else top
+        largest = torch.maximum(largest, top.amax(matrix, keepdim=True))
     shift = (bits - torch.frexp(largest).exponent).clamp(1, 62).long()
     unit = torch.ldexp(torch.ones_like(shift, dtype=torch.float64), shift)  # 2^n
     # The clamp only meets multipliers of 2^(bits - 1) and more (calibration saw zeros only): they saturate.
-    return [torch.round(m * unit).clamp(-(2.0**bits), 2.0**bits).long() for m in real], shift
+    units = [unit if t.blocks is None else unit.unsqueeze(-3) for t in terms]
+    fixed = [torch.round(m * u).clamp(-(2.0**bits), 2.0**bits).long() for m, u in zip(real, units, strict=True)]
+    return fixed, shift
 
 
 def fixed_point(terms: Sequence[Term], target: Target) -> Tensor:
@@ -224,10 +124,8 @@ def fixed_point(terms: Sequence[Term], target: Target) -> Tensor:
         product = per_head(torch.mul, shift_half_away(acc, p) if p else acc, m)
         if total is None:
             total = product
-        elif term.region is None:
-            total = total + product
         else:
-            total[..., term.region[0], term.region[1]] += product
+            place(total, term).add_(product)
     assert total is not None
     return shift_half_away(total, shift)
 
@@ -249,7 +147,10 @@ def requantize(terms: Sequence[Term], target: Target) -> Result:
         # |x| <= amax, so x / (amax / qmax) rounds to qmax at most: nothing can saturate
         return Result(round_half_even(real.div_(scale), new=True), scale, 0)
     if target.mode == "float":
-        real = scaled_sum(terms, out_scale, target.shape)
+        pieces = scaled_pieces(terms, out_scale)
+        if mask is None and are_disjoint(pieces):
+            return _rounded_pieces(pieces, target, out_scale)
+        real = assemble(pieces, target.shape, disjoint=False)
         rounded = round_half_even(real if mask is None else real.mul_(mask), new=True)
     else:
         exact = fixed_point(terms, target)
@@ -259,3 +160,12 @@ def requantize(terms: Sequence[Term], target: Target) -> Result:
         rounded = rounded if mask is None else rounded * mask
     codes, saturated = saturate(rounded, target.format)
     return Result(codes, out_scale, saturated)
+
+
+def _rounded_pieces(pieces: list[Piece], target: Target, scale: Tensor) -> Result:
+    """Round each piece before they are put together: what lies outside of them is zero anyway."""
+    count: int | Tensor = 0
+    for piece in pieces:
+        piece.value, saturated = saturate(round_half_even(piece.value, new=True), target.format)
+        count = count + saturated
+    return Result(assemble(pieces, target.shape, disjoint=True), scale, count)

@@ -12,6 +12,7 @@ from .requantize import Mode
 
 ScaleSource = Literal["calibrated", "bound", "dynamic"]
 Side = Literal["left", "right"]
+Decay = Literal["exp", "exp2"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ def use_key(site: str, side: Side) -> str:
 class RuleScheme:
     """Everything the arithmetic of one layer's rule needs beside scales.
 
-    sites: every site of the table and every register of the plan (`inverse.<register>`).
+    sites: every site of the table and every register of the plan (`inverse.<register>`). accumulator_bits: of the
+    hardware; with 32, wide formats are multiplied byte by byte. decay: float32 exp, or core's integer exp2.
     """
 
     sites: Mapping[str, SiteScheme]
     requantize: Mode = "float"
     accumulator_bits: int = 64
+    decay: Decay = "exp"
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def run_rule(
     for start in range(0, tokens, size):
         stop = start + size
         q, k, v, decay, write = (x[:, start:stop] for x in (query, key, value, g, beta))
-        front = prepare(q, k, v, decay, write, chunk_size, normalise)
+        front = prepare(q, k, v, decay, write, chunk_size, normalise, arithmetic.decay)
         output, state = _scan(front, state, arithmetic, plan)
         outputs += output
     # each [B, H, C, V] -> [B, T, H, V]

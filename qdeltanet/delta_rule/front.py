@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import QDeltaNetError, repeat_heads
+from ..core import Decay, QDeltaNetError, difference_decay, log2_decay, repeat_heads
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,19 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int, normalise: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int,
+    normalise: bool,
+    decay: Decay = "exp",
 ) -> Front:
-    """Everything float that depends on one chunk only. Arguments as `chunk_gated_delta_rule`."""
+    """Everything float that depends on one chunk only. Arguments as `chunk_gated_delta_rule`.
+
+    decay: `exp` in float32, or `exp2`, core's integer one on int32 log2 decay.
+    """
     heads = value.shape[2]
     if normalise:
         query, key = l2norm(query.float()), l2norm(key.float())
@@ -62,21 +73,24 @@ def prepare(
     v = _chunked(value, chunk_size)
     beta_ = _chunked(beta.unsqueeze(-1), chunk_size)
     cum_decay = _chunked(g.unsqueeze(-1), chunk_size).cumsum(dim=-2)  # [N, B, H, C, 1]
+    exp: Callable[[Tensor], Tensor] = torch.exp
+    if decay == "exp2":
+        cum_decay, exp = log2_decay(cum_decay), difference_decay
     # The mask comes after exp: above the diagonal differences are positive and would overflow, so zero them first.
-    pairwise_decay = (cum_decay - cum_decay.mT).tril().exp().tril()
+    pairwise_decay = exp((cum_decay - cum_decay.mT).tril_()).tril()
     last = cum_decay[..., -1:, :]
-    decay = cum_decay.exp()
+    from_start = exp(cum_decay)
     k_heads = repeat_heads(k, heads)
     return Front(
         q=q,
         k=k,
         v_beta=v * beta_,
-        k_beta=k_heads * (beta_ * decay),
-        q_decay=repeat_heads(q, heads) * decay,
-        k_decay=k_heads * (last - cum_decay).exp(),
+        k_beta=k_heads * (beta_ * from_start),
+        q_decay=repeat_heads(q, heads) * from_start,
+        k_decay=k_heads * exp(last - cum_decay),
         write_decay=(pairwise_decay * beta_).tril(-1),
         pairwise_decay=pairwise_decay,
-        chunk_decay=last.exp(),
+        chunk_decay=exp(last),
     )
 
 

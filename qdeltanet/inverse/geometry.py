@@ -19,13 +19,13 @@ class StepGeometry:
     """Rectangles inside one diagonal block of the step, and whether the sum has to be masked.
 
     left, right: parts of the operands that take part; product: what of the output they cover; addends: the rectangle
-    that addends cover.
+    that each addend covers.
     """
 
     left: Region
     right: Region
     product: Region
-    addends: Region
+    addends: tuple[Region, ...]
     masked: bool
 
 
@@ -52,9 +52,16 @@ def _step_geometry(step: Step, masks: dict[str, Mask]) -> StepGeometry:
         left=(slice(*rows), slice(*inner)),
         right=(slice(*inner), slice(*columns)),
         product=(slice(*rows), slice(*columns)),
-        addends=(slice(*out.row_range), slice(*out.column_range)),
+        addends=tuple(_addend(masks[register], out) for register, _ in step.addends),
         masked=_needs_mask(step, masks),
     )
+
+
+def _addend(mask: Mask, out: Mask) -> Region:
+    rows, columns = out.row_range, out.column_range
+    if mask.outer == out.outer:
+        rows, columns = _meet(rows, mask.row_range), _meet(columns, mask.column_range)
+    return slice(*rows), slice(*columns)
 
 
 def _needs_mask(step: Step, masks: dict[str, Mask]) -> bool:

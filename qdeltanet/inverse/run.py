@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core import Arithmetic, FloatArithmetic, ObservingArithmetic, Operand, Region, Term, diagonal_blocks, whole
 from .geometry import StepGeometry, geometry
-from .plan import INPUT, OUTPUT, Plan, Step, cached_mask
+from .joins import diagonal_view, head_length, join_blocks
+from .plan import INPUT, OUTPUT, Mask, Plan, Step, cached_mask
 
 
 def site_of(register: str) -> str:
@@ -26,18 +27,45 @@ def run_plan(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
     fused: Operand | None = arithmetic.fused("run_plan", plan, A) if plan.steps else None
     if fused is not None:
         return fused
-    registers = {INPUT: A}
-    for step, where in zip(plan.steps, geometry(plan), strict=True):
-        run = _copy(step, registers, arithmetic) if where is None else _multiply(step, where, registers, arithmetic)
-        registers[step.out] = run
+    if type(arithmetic) is FloatArithmetic and head_length(plan) < len(plan.steps) and not A.codes.requires_grad:
+        return _run_joined(plan, A, arithmetic)
+    registers = _run_steps(plan, len(plan.steps), A, arithmetic)
     return whole(registers[OUTPUT]) if plan.steps else None
+
+
+def _run_steps(plan: Plan, steps: int, A: Operand, arithmetic: Arithmetic) -> dict[str, Operand]:
+    """Registers after the first `steps` steps."""
+    registers = {INPUT: A}
+    for step, where in list(zip(plan.steps, geometry(plan), strict=True))[:steps]:
+        run = (
+            _copy(step, registers, arithmetic) if where is None else _multiply(plan, step, where, registers, arithmetic)
+        )
+        registers[step.out] = run
+    return registers
+
+
+def _run_joined(plan: Plan, A: Operand, arithmetic: FloatArithmetic) -> Operand:
+    """The steps before the joins as ever, then the joins in place in one copy of A."""
+    head = head_length(plan)
+    last = plan.steps[head - 1]
+    size = plan.chunk_size
+    buffer = A.codes.reshape(-1, size, size).clone(memory_format=torch.contiguous_format)
+    if head > 1 or not last.is_copy:
+        merged = diagonal_blocks(_run_steps(plan, head, A, arithmetic)[last.out], last.mask.outer)
+        diagonal_view(buffer, last.mask.outer).copy_(merged.codes.reshape(-1, *merged.codes.shape[-3:]))
+    join_blocks(buffer, last.mask.outer)
+    return Operand(OUTPUT, buffer.view(A.codes.shape))
 
 
 def invert(A: Tensor, plan: Plan) -> Tensor:
     """(I - A)^-1 in floating point by a plan. A: [..., C, C], strictly lower; returns T with its diagonal."""
     T = run_plan(plan, Operand(INPUT, A), FloatArithmetic())
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return eye.expand_as(A) if T is None else T.codes + eye
+    if T is None:
+        return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    own = T.codes.untyped_storage().data_ptr() != A.untyped_storage().data_ptr()  # a plan of copies hands A on
+    result = T.codes if own and not T.codes.requires_grad else T.codes.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(1)
+    return result
 
 
 def register_ranges(plan: Plan, A: Tensor) -> dict[str, float]:
@@ -69,16 +97,28 @@ def _copy(step: Step, registers: dict[str, Operand], arithmetic: Arithmetic) -> 
     return source if mask is None else replace(source, codes=source.codes * mask.to(source.codes.dtype))
 
 
-def _multiply(step: Step, where: StepGeometry, registers: dict[str, Operand], arithmetic: Arithmetic) -> Operand:
+def _multiply(
+    plan: Plan, step: Step, where: StepGeometry, registers: dict[str, Operand], arithmetic: Arithmetic
+) -> Operand:
     assert step.right is not None
     outer = step.mask.outer
-    left, right = diagonal_blocks(registers[step.left], outer), diagonal_blocks(registers[step.right], outer)
-    terms = [arithmetic.product(left, right, region=where.product, parts=(where.left, where.right))]
-    terms += [_addend(registers[r], sign, outer, where.addends, arithmetic) for r, sign in step.addends]
+    left, right = registers[step.left], registers[step.right]
+    parts = where.left, where.right
+    terms = [arithmetic.product(left, right, region=where.product, parts=parts, size=outer)]
+    keeps_all = step.mask == Mask(1, outer)
+    terms += [
+        _addend(registers[register], sign, outer, region, arithmetic, keeps_all)
+        for (register, sign), region in zip(step.addends, where.addends, strict=True)
+    ]
     mask = cached_mask(step.mask, outer, left.codes.device) if where.masked else None
-    return arithmetic.store(site_of(step.out), terms, shape=left.codes.shape, mask=mask, compact=True)
+    lead = left.codes.shape[: -3 if left.compact else -2]
+    shape = (*lead, plan.chunk_size // outer, outer, outer)
+    return arithmetic.store(site_of(step.out), terms, shape=shape, mask=mask, compact=True)
 
 
-def _addend(x: Operand, sign: int, outer: int, region: Region, arithmetic: Arithmetic) -> Term:
+def _addend(x: Operand, sign: int, outer: int, region: Region, arithmetic: Arithmetic, whole_blocks: bool) -> Term:
+    """whole_blocks: the step keeps every entry below the diagonal, so smaller blocks are taken as they are."""
+    if x.compact and x.codes.shape[-1] < outer and whole_blocks:
+        return arithmetic.addend(x, sign=sign, size=outer)
     part = diagonal_blocks(x, outer).part(*region)
     return arithmetic.addend(part, sign=sign, region=region)
