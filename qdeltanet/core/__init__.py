@@ -24,7 +24,7 @@ from .formats import IntFormat
 from .granularity import TINY, Granularity, dynamic_scale, fit_scale, grouped
 from .integer import IntegerArithmetic
 from .metrics import relative_error, sqnr, sqnr_from_energy
-from .operand import Operand, diagonal_blocks, repeat_heads, whole
+from .operand import Operand, check_codes, diagonal_blocks, repeat_heads, whole
 from .quantize import (
     check_scale,
     coefficient_codes,
@@ -38,7 +38,7 @@ from .quantize import (
 )
 from .requantize import MODES, Mode, Result, Target, requantize
 from .scheme import Decay, ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
-from .terms import Region, Term, multipliers, scaled_sum
+from .terms import Region, Term, multipliers, per_head, scaled_sum
 
 __all__ = [
     "BYTE_MAX",
@@ -74,6 +74,7 @@ __all__ = [
     "Term",
     "byte_matmul",
     "check_bound",
+    "check_codes",
     "check_product",
     "check_scale",
     "coefficient_bits",
@@ -90,6 +91,7 @@ __all__ = [
     "log2_decay",
     "multipliers",
     "part_bound",
+    "per_head",
     "power_of_two_ceil",
     "product_bound",
     "quantize",

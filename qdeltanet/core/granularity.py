@@ -55,7 +55,8 @@ def reduced_dims(granularity: Granularity, compact: bool = False) -> tuple[int, 
 def dynamic_scale(x: Tensor, qmax: int, granularity: Granularity, compact: bool = False) -> Tensor:
     """max(amax, 2^-100) / qmax in float32, leading axes (chunk, batch) kept, so no result depends on its batch."""
     amax = x.detach().abs().amax(dim=reduced_dims(granularity, compact), keepdim=True)
-    return amax.to(torch.float32).clamp(min=TINY) / qmax
+    # by a tensor: a GPU would multiply by the reciprocal of a Python number
+    return amax.to(torch.float32).clamp(min=TINY) / torch.full((), float(qmax), device=x.device)
 
 
 def fit_scale(scale: Tensor, shape: Sequence[int], compact: bool = False) -> Tensor:

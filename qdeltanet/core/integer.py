@@ -15,7 +15,7 @@ from .backend import Backend
 from .errors import BindingError, NonFiniteError, QDeltaNetError
 from .granularity import Granularity, dynamic_scale, fit_scale
 from .operand import Operand, block_part, diagonal_blocks, repeat_heads, sub_blocks
-from .quantize import coefficient_codes, round_half_even, saturate
+from .quantize import check_scale, coefficient_codes, round_half_even, saturate
 from .requantize import Target
 from .scheme import Decay, RuleScheme, Side, SiteScheme, use_granularity, use_key
 from .terms import Region, Term, scaled_sum
@@ -42,6 +42,9 @@ class IntegerArithmetic:
             for key, scale in scales.items():
                 if not bool((torch.frexp(scale).mantissa == 0.5).all()):
                     raise BindingError(f"site {key}: requantize: power_of_two needs scales that are powers of two")
+        for key, scale in scales.items():
+            if scale.device.type == "cpu":
+                check_scale(scale, key)
         self.scheme = scheme
         self.scales = scales
         self.backend = backend
@@ -66,6 +69,8 @@ class IntegerArithmetic:
             _check_finite(site, scale)
             return Operand(site, round_half_even(x / scale, new=True), scale, held)
         scale = out
+        if scale.device != x.device:
+            raise QDeltaNetError(f"site {site}: its scale is on {scale.device}, the tensor on {x.device}; move one")
         codes, saturated = saturate(round_half_even(x / scale, new=True), held)
         if not isinstance(saturated, int):  # NaN and Inf lie outside of every format
             _check_finite(site, x)
@@ -97,7 +102,7 @@ class IntegerArithmetic:
             check_product(step, contracted, left.format, right.format, self.scheme.accumulator_bits)
             acc = self.backend.matmul(left.codes, right.codes, left.format.qmax, right.format.qmax)
             scales = [left.scale, right.scale]
-        return self._scaled(acc, scales, bound, max(_bits(left), _bits(right)), coefficient, sign, region)
+        return self._scaled(acc, scales, bound, max(_bits(left), _bits(right)), coefficient, sign, region, fresh=True)
 
     def addend(
         self,
@@ -208,9 +213,10 @@ class IntegerArithmetic:
         coefficient: Tensor | None,
         sign: int,
         region: Region | None,
+        fresh: bool = False,
     ) -> Term:
         if coefficient is None:
-            return Term(acc, tuple(scales), sign, bound, region)
+            return Term(acc, tuple(scales), sign, bound, region, fresh=fresh)
         _check_coefficient(coefficient)
         if not scales:  # real numbers
             return Term(repeat_heads(acc, coefficient.shape[-3]) * coefficient, (), sign, 0, region)

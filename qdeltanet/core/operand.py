@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import QDeltaNetError
 from .formats import IntFormat
+from .quantize import check_scale
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,23 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     if x.dim() < 3 or x.shape[-3] in (1, heads):
         return x
     return x.repeat_interleave(heads // x.shape[-3], dim=-3)
+
+
+def check_codes(x: Operand) -> None:
+    """Raise QDeltaNetError if codes from outside are no whole numbers within their format, or their scale is no scale.
+
+    On an accelerator this would wait for the device, so there it is left to whoever made the codes.
+    """
+    if x.format is None or x.codes.device.type != "cpu" or not x.codes.numel():
+        return
+    low, high = (float(v) for v in x.codes.detach().aminmax())
+    if not (low >= x.format.qmin and high <= x.format.qmax):
+        raise QDeltaNetError(f"site {x.site}: codes reach [{low:g}, {high:g}], outside of {x.format.name}")
+    if x.codes.is_floating_point() and bool((x.codes != x.codes.round()).any()):
+        raise QDeltaNetError(f"site {x.site}: codes must be whole numbers; quantize real numbers first")
+    if x.scale is None:
+        raise QDeltaNetError(f"site {x.site}: codes come without a scale")
+    check_scale(x.scale, x.site)
 
 
 def sub_blocks(x: Tensor, size: int, block: int | None = None) -> Tensor:

@@ -51,10 +51,11 @@ def saturate(x: Tensor, fmt: IntFormat) -> tuple[Tensor, int | Tensor]:
     return codes, (codes != x).sum()
 
 
-def check_scale(scale: Tensor) -> None:
-    """Raise QDeltaNetError unless every scale is finite and positive."""
+def check_scale(scale: Tensor, site: str = "") -> None:
+    """Raise QDeltaNetError that names the site unless every scale is finite and positive."""
     if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise QDeltaNetError("scales must be finite and greater than 0")
+        where = f"site {site}: " if site else ""
+        raise QDeltaNetError(f"{where}scales must be finite and greater than 0; calibrate again")
 
 
 def quantize(x: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
@@ -81,7 +82,7 @@ def fake_quantize(x: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
 
 def coefficient_codes(x: Tensor, fraction_bits: int) -> Tensor:
     """round_half_even(x * 2^fraction_bits) for x in [0, 2], as float32 whole numbers (exact up to 22 bits)."""
-    return round_half_even(x.to(torch.float32) * float(2**fraction_bits))
+    return round_half_even(x.to(torch.float32) * float(2**fraction_bits), new=True)
 
 
 def power_of_two_ceil(scale: Tensor) -> Tensor:

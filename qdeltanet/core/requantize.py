@@ -105,7 +105,7 @@ def fixed_point_multipliers(terms: Sequence[Term], target: Target) -> tuple[list
         top = top.amax(-3) if term.blocks is not None else top
         largest = torch.maximum(largest, top.amax(matrix, keepdim=True))
     shift = (bits - torch.frexp(largest).exponent).clamp(1, 62).long()
-    unit = torch.ldexp(torch.ones_like(shift, dtype=torch.float64), shift)  # 2^n
+    unit = ((shift + 1023) << 52).view(torch.float64)  # 2^n by its bits: pow need not be exact everywhere
     # The clamp only meets multipliers of 2^(bits - 1) and more (calibration saw zeros only): they saturate.
     units = [unit if t.blocks is None else unit.unsqueeze(-3) for t in terms]
     fixed = [torch.round(m * u).clamp(-(2.0**bits), 2.0**bits).long() for m, u in zip(real, units, strict=True)]

@@ -20,7 +20,8 @@ class Term:
     sign: +1 or -1. bound: largest |acc| (times coefficient), 0 for real numbers. region: rows and columns of the output
     that acc covers, None for all of them; the rest of the output is zero for this term. coefficient: coefficient codes
     that multiply acc into a wide accumulator; they may have a multiple of acc's heads. blocks: acc holds the diagonal
-    blocks of this size of each matrix, [..., f, b, b]; the rest is zero.
+    blocks of this size of each matrix, [..., f, b, b]; the rest is zero. fresh: acc is nobody else's and may be written
+    to.
     """
 
     acc: Tensor
@@ -30,6 +31,7 @@ class Term:
     region: Region | None = None
     coefficient: Tensor | None = None
     blocks: int | None = None
+    fresh: bool = False
 
     def __getitem__(self, n: int) -> Term:
         """The term of chunk n, for [N, B, H, R, C] accumulators."""
@@ -45,9 +47,10 @@ class Term:
         """
         if self.coefficient is None:
             value = self.acc.to(torch.float32)
-            return value, value is not self.acc
-        container = self.acc.dtype
-        wide = per_head(torch.mul, self.acc, self.coefficient.to(container))
+            return value, self.fresh or value is not self.acc
+        if not self.acc.is_floating_point():
+            return self.int64().to(torch.float32), True
+        wide = per_head(torch.mul, self.acc, self.coefficient.to(self.acc.dtype))
         return wide.to(torch.float32), True
 
     def int64(self) -> Tensor:
@@ -165,6 +168,12 @@ def scaled_sum(terms: Sequence[Term], out_scale: Tensor | None = None, shape: Se
     return assemble(pieces, shape, are_disjoint(pieces))
 
 
+def _fits(factor: Tensor, value: Tensor) -> bool:
+    """Whether a product with the factor has value's shape."""
+    pairs = zip(reversed(factor.shape), reversed(value.shape), strict=False)
+    return factor.dim() <= value.dim() and all(f in (1, v) for f, v in pairs)
+
+
 def _scaled(term: Term, out_scale: Tensor | None) -> Tensor:
     """f32(acc) * m as a new tensor."""
     value, new = term.float32()
@@ -172,7 +181,7 @@ def _scaled(term: Term, out_scale: Tensor | None) -> Tensor:
     if not factors and term.sign < 0:
         factors = [torch.full((), -1.0, device=value.device)]
     for factor in factors:
-        fits = new and value.dim() >= factor.dim() and value.shape == torch.broadcast_shapes(value.shape, factor.shape)
+        fits = new and _fits(factor, value)
         value = value.mul_(factor) if fits else per_head(torch.mul, value, factor)
         new = True
     return value if new else value.clone()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Arithmetic, FloatArithmetic, Operand, QDeltaNetError, Term
-from ..inverse import Plan, run_plan
+from ..core import Arithmetic, FloatArithmetic, Operand, QDeltaNetError, Term, check_codes
+from ..inverse import Plan, run_steps
 from ..inverse import plan as make_plan
 from .front import Front, check_inputs, prepare
 
@@ -88,17 +88,16 @@ def run_rule(
         state = arithmetic.quantize(
             "state", value.new_zeros(batch, heads, key.shape[-1], value_dim, dtype=torch.float32)
         )
+    else:
+        check_codes(state)
     size = chunk_size * (chunk_block or default_chunk_block(value, key, chunk_size))
-    outputs = []
+    output = value.new_empty(batch, -(-tokens // chunk_size), chunk_size, heads, value_dim, dtype=torch.float32)
     for start in range(0, tokens, size):
         stop = start + size
         q, k, v, decay, write = (x[:, start:stop] for x in (query, key, value, g, beta))
         front = prepare(q, k, v, decay, write, chunk_size, normalise, arithmetic.decay)
-        output, state = _scan(front, state, arithmetic, plan)
-        outputs += output
-    # each [B, H, C, V] -> [B, T, H, V]
-    whole = torch.cat([o.transpose(1, 2) for o in outputs], dim=1) if outputs else torch.zeros_like(value)
-    return whole[:, :tokens], state
+        state = _scan(front, state, arithmetic, plan, output[:, start // chunk_size :])
+    return output.flatten(1, 2)[:, :tokens], state
 
 
 def default_chunk_block(value: Tensor, key: Tensor, chunk_size: int) -> int:
@@ -108,8 +107,11 @@ def default_chunk_block(value: Tensor, key: Tensor, chunk_size: int) -> int:
     return max(1, BLOCK_ELEMENTS[value.device.type != "cpu"] // elements)
 
 
-def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan) -> tuple[list[Tensor], Operand]:
-    """First what every chunk of the block can do at once, then the walk over chunks that carries the state."""
+def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan, output: Tensor) -> Operand:
+    """First what every chunk of the block can do at once, then the walk over chunks that carries the state.
+
+    output: [B, N or more, C, H, V], written chunk by chunk.
+    """
     q, k = ar.quantize("q", front.q), ar.quantize("k", front.k)
     T = _inverse(k, front.write_decay, ar, plan)
     attn = ar.store("attn", [ar.product(q, k.mT, coefficient=front.pairwise_decay)])
@@ -117,13 +119,12 @@ def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan) -> tuple[lis
     u, w = _transform(T, v_beta, k_beta, ar)
     q_decay, k_decay = ar.quantize("q_decay", front.q_decay), ar.quantize("k_decay", front.k_decay)
 
-    outputs = []
     for n in range(front.q.shape[0]):
         v_new = ar.store("v_new", [ar.product(w[n], state, sign=-1), *(term[n] for term in u)])
-        outputs.append(ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)]))
+        output[:, n] = ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)]).transpose(1, 2)
         carried = ar.addend(state, coefficient=front.chunk_decay[n])
         state = ar.store("state", [ar.product(k_decay[n].mT, v_new), carried])
-    return outputs, state
+    return state
 
 
 def _inverse(k: Operand, write_decay: Tensor, ar: Arithmetic, plan: Plan) -> Operand | None:
@@ -131,7 +132,7 @@ def _inverse(k: Operand, write_decay: Tensor, ar: Arithmetic, plan: Plan) -> Ope
     fused: Operand | None = ar.fused("front", plan, k, write_decay) if plan.steps else None
     if fused is not None:
         return fused
-    return run_plan(plan, ar.store("A", [ar.product(k, k.mT, coefficient=write_decay, sign=-1)]), ar)
+    return run_steps(plan, ar.store("A", [ar.product(k, k.mT, coefficient=write_decay, sign=-1)]), ar)
 
 
 def _transform(T: Operand | None, v_beta: Operand, k_beta: Operand, ar: Arithmetic) -> tuple[list[Term], Operand]:

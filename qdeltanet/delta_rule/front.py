@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Decay, QDeltaNetError, difference_decay, log2_decay, repeat_heads
+from ..core import Decay, QDeltaNetError, difference_decay, log2_decay, per_head
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Ten
     batch, tokens, key_heads, _ = key.shape
     if value.dim() != 4 or value.shape[:2] != (batch, tokens):
         raise QDeltaNetError(f"value {list(value.shape)}: must be [B, T, H, V] with B, T = {batch}, {tokens}")
+    for name, x in (("query", query), ("key", key), ("value", value), ("g", g), ("beta", beta)):
+        if not x.is_floating_point():
+            raise QDeltaNetError(f"{name} is {x.dtype}: must be floating point")
+        if x.device != query.device:
+            raise QDeltaNetError(f"{name} is on {x.device}, query on {query.device}: move them to one device")
     heads = value.shape[2]
     if heads % key_heads:
         raise QDeltaNetError(f"{heads} value heads are no multiple of {key_heads} key heads")
@@ -65,7 +70,6 @@ def prepare(
 
     decay: `exp` in float32, or `exp2`, core's integer one on int32 log2 decay.
     """
-    heads = value.shape[2]
     if normalise:
         query, key = l2norm(query.float()), l2norm(key.float())
     q = _chunked(query, chunk_size) * query.shape[-1] ** -0.5
@@ -80,14 +84,13 @@ def prepare(
     pairwise_decay = exp((cum_decay - cum_decay.mT).tril_()).tril()
     last = cum_decay[..., -1:, :]
     from_start = exp(cum_decay)
-    k_heads = repeat_heads(k, heads)
     return Front(
         q=q,
         k=k,
         v_beta=v * beta_,
-        k_beta=k_heads * (beta_ * from_start),
-        q_decay=repeat_heads(q, heads) * from_start,
-        k_decay=k_heads * exp(last - cum_decay),
+        k_beta=per_head(torch.mul, k, beta_ * from_start),
+        q_decay=per_head(torch.mul, q, from_start),
+        k_decay=per_head(torch.mul, k, exp(last - cum_decay)),
         write_decay=(pairwise_decay * beta_).tril(-1),
         pairwise_decay=pairwise_decay,
         chunk_decay=exp(last),

@@ -3,7 +3,7 @@
 from .build import CHUNK_SIZES, method_options, plan
 from .methods import METHODS
 from .plan import INPUT, OUTPUT, Mask, Plan, Step
-from .run import invert, register_ranges, run_plan, site_of
+from .run import invert, register_ranges, run_plan, run_steps, site_of
 
 __all__ = [
     "CHUNK_SIZES",
@@ -18,5 +18,6 @@ __all__ = [
     "plan",
     "register_ranges",
     "run_plan",
+    "run_steps",
     "site_of",
 ]

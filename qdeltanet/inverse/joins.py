@@ -1,7 +1,7 @@
-"""The float reader of plans that end in joins: inverted blocks are merged pairwise, in place.
+"""The float reader of plans that end in joins: inverted blocks are merged, in place.
 
 A join is radix 2 of block_merge, the pair of steps N = (I + L) A_off, L' = (I + N)(I + L) - I. In floating point its
-registers need no scale of their own, so L, N and what is left of A share one buffer that starts as A and ends as T.
+registers need no scale of their own: they take the place of the entries of A that they were made of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from .plan import INPUT, Mask, Plan, Step
 
 TILE = 16
+MATRICES = 512  # at a time, so that what one step writes the next finds in cache
 
 
 @lru_cache(maxsize=256)
@@ -41,23 +42,32 @@ def diagonal_view(x: Tensor, block: int) -> Tensor:
     return x.unflatten(-1, (n, block)).unflatten(-3, (n, block)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def join_blocks(buffer: Tensor, block: int) -> None:
-    """buffer [M, C, C], contiguous: inverted blocks of size `block` on its diagonal, A below them. In place.
+def joined(A: Tensor, merged: Tensor | None, block: int) -> Tensor:
+    """(I - A)^-1, [M, C, C] with its diagonal, of A [M, C, C] whose diagonal blocks of size `block` are inverted.
 
-    Small blocks are joined in tiles that are gathered once; above that, rows of tiles follow one another, which gives
-    the same T with operands that need no gathering.
+    merged: those blocks less I, [M, n, b, b]; None where they are A's own, as in pairs.
     """
-    size = buffer.shape[-1]
-    if block < TILE < size:
-        place = diagonal_view(buffer, TILE)
-        tiles = place.reshape(-1, TILE, TILE)
-        _join_pairs(tiles, block)
-        place.copy_(tiles.view(place.shape))
-        block = TILE
-    if block < TILE:
-        _join_pairs(buffer, block)
-    else:
-        _join_rows(buffer, block)
+    T = torch.zeros_like(A, memory_format=torch.contiguous_format)
+    for start in range(0, A.shape[0], MATRICES):
+        some = slice(start, start + MATRICES)
+        _join(A[some], None if merged is None else merged[some], block, T[some])
+    return T
+
+
+def _join(A: Tensor, merged: Tensor | None, block: int, T: Tensor) -> None:
+    """Small blocks are joined in tiles that are gathered once; above that, rows of tiles follow one another, which
+    gives the same T with operands that need no gathering."""
+    size = A.shape[-1]
+    tile = min(size, max(TILE, block))
+    tiles = diagonal_view(A, tile).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+    if merged is not None:
+        diagonal_view(tiles, block).copy_(merged.reshape(-1, tile // block, block, block))
+    _join_pairs(tiles, block)
+    tiles.diagonal(dim1=-2, dim2=-1).fill_(1)
+    diagonal_view(T, tile).copy_(tiles.unflatten(0, (-1, size // tile)))
+    for start in range(tile, size, tile):
+        rows = slice(start, start + tile)
+        T[:, rows, :start] = T[:, rows, rows] @ (A[:, rows, :start] @ T[:, :start, :start])
 
 
 def _join_pairs(buffer: Tensor, block: int) -> None:
@@ -74,12 +84,3 @@ def _join_pairs(buffer: Tensor, block: int) -> None:
             N = torch.baddbmm(off, first, off)
             place.copy_(torch.baddbmm(N, N, second).view(place.shape))
         block *= 2
-
-
-def _join_rows(buffer: Tensor, block: int) -> None:
-    """Row i of blocks: (I + L_i) A_i (I + L), with L the inverse of everything above it."""
-    for start in range(block, buffer.shape[-1], block):
-        stop = start + block
-        place = buffer[:, start:stop, :start]
-        row = torch.baddbmm(place, place, buffer[:, :start, :start])
-        place.copy_(torch.baddbmm(row, buffer[:, start:stop, start:stop], row))

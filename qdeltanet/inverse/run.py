@@ -7,9 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..core import Arithmetic, FloatArithmetic, ObservingArithmetic, Operand, Region, Term, diagonal_blocks, whole
+from ..core import (
+    Arithmetic,
+    FloatArithmetic,
+    ObservingArithmetic,
+    Operand,
+    Region,
+    Term,
+    check_codes,
+    diagonal_blocks,
+    whole,
+)
 from .geometry import StepGeometry, geometry
-from .joins import diagonal_view, head_length, join_blocks
+from .joins import head_length, joined
 from .plan import INPUT, OUTPUT, Mask, Plan, Step, cached_mask
 
 
@@ -24,11 +34,19 @@ def run_plan(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
     Registers are held as their blocks on the diagonal, and a product takes only the rows and columns that can be
     non-zero; what is skipped is exact zeros, so the codes equal those of full products.
     """
+    check_codes(A)
+    return run_steps(plan, A, arithmetic)
+
+
+def run_steps(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
+    """`run_plan` for codes that a site has just been given."""
     fused: Operand | None = arithmetic.fused("run_plan", plan, A) if plan.steps else None
     if fused is not None:
         return fused
-    if type(arithmetic) is FloatArithmetic and head_length(plan) < len(plan.steps) and not A.codes.requires_grad:
-        return _run_joined(plan, A, arithmetic)
+    if type(arithmetic) is FloatArithmetic and _joins(plan, A.codes):
+        T = _run_joined(plan, A.codes)
+        T.diagonal(dim1=-2, dim2=-1).zero_()
+        return Operand(OUTPUT, T)
     registers = _run_steps(plan, len(plan.steps), A, arithmetic)
     return whole(registers[OUTPUT]) if plan.steps else None
 
@@ -44,21 +62,27 @@ def _run_steps(plan: Plan, steps: int, A: Operand, arithmetic: Arithmetic) -> di
     return registers
 
 
-def _run_joined(plan: Plan, A: Operand, arithmetic: FloatArithmetic) -> Operand:
-    """The steps before the joins as ever, then the joins in place in one copy of A."""
-    head = head_length(plan)
+def _run_joined(plan: Plan, A: Tensor) -> Tensor:
+    """T with its diagonal: the steps before the joins as ever, then the joins."""
+    head, size = head_length(plan), plan.chunk_size
     last = plan.steps[head - 1]
-    size = plan.chunk_size
-    buffer = A.codes.reshape(-1, size, size).clone(memory_format=torch.contiguous_format)
+    merged: Tensor | None = None
     if head > 1 or not last.is_copy:
-        merged = diagonal_blocks(_run_steps(plan, head, A, arithmetic)[last.out], last.mask.outer)
-        diagonal_view(buffer, last.mask.outer).copy_(merged.codes.reshape(-1, *merged.codes.shape[-3:]))
-    join_blocks(buffer, last.mask.outer)
-    return Operand(OUTPUT, buffer.view(A.codes.shape))
+        register = _run_steps(plan, head, Operand(INPUT, A), FloatArithmetic())[last.out]
+        blocks = diagonal_blocks(register, last.mask.outer).codes
+        merged = blocks.reshape(-1, *blocks.shape[-3:])
+    return joined(A.reshape(-1, size, size), merged, last.mask.outer).view(A.shape)
+
+
+def _joins(plan: Plan, A: Tensor) -> bool:
+    """Whether the float reader of joins takes a plan; it writes in place, which autograd would not survive."""
+    return 0 < head_length(plan) < len(plan.steps) and not A.requires_grad
 
 
 def invert(A: Tensor, plan: Plan) -> Tensor:
     """(I - A)^-1 in floating point by a plan. A: [..., C, C], strictly lower; returns T with its diagonal."""
+    if _joins(plan, A):
+        return _run_joined(plan, A)
     T = run_plan(plan, Operand(INPUT, A), FloatArithmetic())
     if T is None:
         return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)

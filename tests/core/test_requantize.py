@@ -333,7 +333,7 @@ def test_coefficients_make_the_wide_accumulator_that_is_converted_once(codes: li
     acc = torch.tensor(codes).reshape(1, 2, 2)
     coefficient = torch.tensor([[[65536.0, 1.0], [32767.0, 3.0]], [[0.0, 7.0], [65535.0, 2.0]]])  # two heads share acc
     exact = [int(a) * int(c) for c, a in zip(coefficient.flatten().tolist(), 2 * codes, strict=True)]
-    for container in (torch.int64, torch.float64, torch.float32):
+    for container in (torch.int64, torch.int32, torch.float64, torch.float32):
         term = Term(acc.to(container), (), bound=2**39, coefficient=coefficient)
         assert term.int64().flatten().tolist() == exact
         assert term.float32()[0].flatten().tolist() == [float(f32(x)) for x in exact]
