@@ -65,7 +65,7 @@ class PercentileObserver:
             )
         values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
         bins = values.view(torch.int32) >> 16
-        flat = (bins.long() + torch.arange(n) * BINS).flatten()
+        flat = (bins.long() + torch.arange(n, device=bins.device) * BINS).flatten()
         counts = torch.bincount(flat, minlength=n * BINS).view(*shape, BINS)
         self._counts = counts if self._counts is None else self._counts + counts
 

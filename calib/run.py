@@ -46,7 +46,7 @@ def calibrate(
     _observe(model, layers, ranges, batches, tick)
     scales: dict[str, Tensor] = {}
     for index, layer in layers.items():
-        scales |= {f"layers.{index}.{key}": scale for key, scale in ranges[index].scales().items()}
+        scales |= {f"layers.{index}.{key}": scale.cpu() for key, scale in ranges[index].scales().items()}
         layer.scales.fill({key: scales[f"layers.{index}.{key}"] for key in layer.scales.keys})
 
     quality = {index: Quality(layer) for index, layer in layers.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from ..backends import AUTO
 from ..checkpoint import Calibration
 from ..core import QDeltaNetError, unknown
 from ..models import load_tokenizer
@@ -33,7 +34,7 @@ class Row:
     recipe: Recipe | None = None
     calibration: Calibration | None = None
     execution: Execution = "integer"
-    backend: str = "cpu"
+    backend: str = AUTO
     model: str | None = None
 
 
@@ -55,12 +56,13 @@ def run_row(
     limit: int | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> RowResult:
     """One model over all tasks. Raises QDeltaNetError for unknown tasks or tasks that cannot be loaded."""
     manager = manager_for(tasks)
     name = row.model or model_name
     start = time.monotonic()
-    model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, dtype)
+    model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, dtype, device)
     lm = QDeltaNetLM(model, tokenizer=load_tokenizer(model_path(name)), batch_size=batch_size)
     try:
         results = lm_eval.simple_evaluate(
@@ -96,6 +98,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     dtype: str = "float32",
+    device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Every row over the same documents; the first row is the baseline of the paired differences.
@@ -110,7 +113,7 @@ def evaluate(
     for row in rows:
         if progress is not None:
             progress(row.name)
-        results.append(run_row(model_name, row, tasks, limit=limit, batch_size=batch_size, dtype=dtype))
+        results.append(run_row(model_name, row, tasks, limit=limit, batch_size=batch_size, dtype=dtype, device=device))
     return [summary(r, results[0]) for r in results]
 
 

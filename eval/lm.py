@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backends import AUTO
 from ..core import QDeltaNetError
 from .embedded import model_path
 from .prefix import Shared, share_prefixes
@@ -37,7 +38,7 @@ class QDeltaNetLM(HFLM):
         recipe: str | None = None,
         calibration: str | None = None,
         execution: str = "integer",
-        qdeltanet_backend: str = "cpu",
+        qdeltanet_backend: str = AUTO,
         **kwargs: Any,
     ) -> None:
         self._request = {
@@ -46,7 +47,7 @@ class QDeltaNetLM(HFLM):
             "execution": execution,
             "backend": qdeltanet_backend,
         }
-        kwargs.setdefault("device", "cpu")
+        kwargs.setdefault("device", "cpu" if isinstance(pretrained, str) else str(pretrained.device))
         kwargs.setdefault("max_length", 2048)
         name = model_path(pretrained) if isinstance(pretrained, str) else pretrained
         super().__init__(pretrained=name, **kwargs)

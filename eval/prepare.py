@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..backends import AUTO
 from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs_calibration
 from ..core import QDeltaNetError
 from ..delta_rule import make_scales
@@ -20,15 +21,16 @@ def prepare_model(
     recipe: Recipe | None = None,
     calibration: Calibration | None = None,
     execution: Execution = "integer",
-    backend: str = "cpu",
+    backend: str = AUTO,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> Any:
     """Load a model (embedded name, directory or hub id), quantize it and choose its execution.
 
     An exported checkpoint brings its own recipe and scales. recipe None leaves a float model as transformers made it.
     Raises QDeltaNetError if the recipe needs a calibration that is not given, or the calibration is of another recipe.
     """
-    model = load_model(model_path(name), dtype=dtype)
+    model = load_model(model_path(name), dtype=dtype, device=device)
     if delta_net_layers(model):
         if recipe is not None:
             raise QDeltaNetError(f"{name} is an exported checkpoint with its own recipe; leave --recipe out")

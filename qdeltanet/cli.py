@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from ._cli_hardware import bench, selftest
+from ._console import Backend, Device, Dtype, Json, Model, Output, Overwrite, Quiet, Set, bar, err, out, say, table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,32 +22,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="True integer quantization of Gated DeltaNet: calibrate, execute, evaluate and export the whole delta rule.",
 )
-out, err = Console(), Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="Embedded model (tiny-recall, tiny-hybrid), directory, or hub id.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe value, e.g. inverse.residual_steps=4.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
-Dtype = Annotated[
-    str, typer.Option(help="Of the float weights: float32, bfloat16, float16, or auto (the checkpoint's).")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; whole or not at all.")]
-
-
-def _say(quiet: bool) -> Any:
-    return (lambda text: None) if quiet else (lambda text: err.print(text, highlight=False, markup=False))
-
-
-@contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing where output is piped."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command(epilog="Example: qdeltanet demo --output build/demo")
@@ -63,7 +37,7 @@ def demo(
         out.print(f"already complete: {output / 'results.json'}", highlight=False)
         results = done
     else:
-        results = run_demo(output, overwrite, _say(quiet))
+        results = run_demo(output, overwrite, say(quiet))
     out.print(demo_table(results["rows"]))
     export = results["export"]
     equal = "equal, every bit" if export["reload_equal"] else "DIFFERENT"
@@ -87,22 +61,12 @@ def _demo_done(output: Path) -> Any:
 
 def demo_table(rows: list[dict[str, Any]]) -> Table:
     """The demo's table: recall at 16 pairs with paired differences to float."""
-    table = _table("tiny-recall: recall of 16 pairs, T = 128", ("recipe", "run"), _DEMO_COLUMNS)
+    made = table("tiny-recall: recall of 16 pairs, T = 128", ("recipe", "run"), _DEMO_COLUMNS)
     for r in rows:
         difference = "" if r["name"] == "float" else f"{r['difference']:+.4f} ±{r['difference_stderr']:.4f}"
         accuracy = f"{r['accuracy']:.4f} ±{r['stderr']:.4f}"
-        table.add_row(r["name"], r["execution"], accuracy, difference, f"{r['nll']:.4f}", str(r["saturated"]))
-    return table
-
-
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    """Narrow enough for 80 columns; names to the left, figures to the right."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left")
-    for name in left:
-        table.add_column(name, overflow="fold", min_width=12 if name == "recipe" else None)
-    for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        made.add_row(r["name"], r["execution"], accuracy, difference, f"{r['nll']:.4f}", str(r["saturated"]))
+    return made
 
 
 _DEMO_COLUMNS = ("recall", "to float, paired", "NLL", "clipped")
@@ -124,30 +88,42 @@ def calibrate_command(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
     dtype: Dtype = "float32",
+    backend: Annotated[
+        str | None, typer.Option(help="Then execute the first batch on this backend and report it, e.g. auto.")
+    ] = None,
+    device: Device = "cpu",
     overrides: Set = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     json_file: Json = None,
 ) -> None:
     """Observe every tensor inside the delta rule and write a scale for each."""
+    from .backends import check_device, get_backend
     from .core.files import check_output, write_text
     from .workflow import is_complete, recipe_of, run_calibration
 
     chosen = recipe_of(recipe, overrides or ())
+    check_device(device)
+    if backend is not None:
+        backend = get_backend(backend, device).name
     request = {"model": model, "dataset": dataset, "samples": samples, "seq_len": seq_len, "batch_size": batch_size}
-    request["dtype"] = dtype
+    request |= {"dtype": dtype, "backend": backend}
     if not overwrite and output.is_dir() and is_complete(output, model, chosen, request):
         out.print(f"already complete: {output}", highlight=False)
         return
     check_output(output, overwrite)
-    with _bar(f"calibrating {model}", quiet) as progress:
+    with bar(f"calibrating {model}", quiet) as progress:
         calibration = run_calibration(
             model, chosen, dataset=dataset, samples=samples, seq_len=seq_len,
-            batch_size=batch_size, text_column=text_column, dtype=dtype, progress=progress,
+            batch_size=batch_size, text_column=text_column, dtype=dtype, device=device, backend=backend,
+            progress=progress,
         )  # fmt: skip
     report = {**calibration.report, "request": request}
     type(calibration)(calibration.recipe, calibration.scales, report).save(output, overwrite)
     out.print(calibration_table(report))
+    if "execution" in report:
+        ran = report["execution"]
+        out.print(f"executed on {ran['backend']}: logits {ran['sqnr_db']} dB from float, {ran['saturated']} clipped")
     out.print(f"{len(calibration.scales)} scales written to {output}", highlight=False)
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=1) + "\n")
@@ -156,7 +132,7 @@ def calibrate_command(
 def calibration_table(report: Any) -> Table:
     """Sites by their worst head over all layers."""
     title = f"{report['recipe']['name']}: sites, worst head over all layers"
-    table = _table(title, ("site", "format", "scale"), ("largest |x|", "SQNR dB, least", "clipped"))
+    made = table(title, ("site", "format", "scale"), ("largest |x|", "SQNR dB, least", "clipped"))
     merged: dict[str, list[Any]] = {}
     for sites in report["layers"].values():
         for site, row in sites.items():
@@ -167,8 +143,8 @@ def calibration_table(report: Any) -> Table:
         sqnrs = [h["sqnr_db"] for h in heads if h["sqnr_db"] is not None]
         worst = f"{min(sqnrs):.1f}" if sqnrs else "-"
         saturated = str(sum(h["saturated"] for h in heads))
-        table.add_row(site, rows[0]["format"], rows[0]["scale"], f"{largest:.4g}", worst, saturated)
-    return table
+        made.add_row(site, rows[0]["format"], rows[0]["scale"], f"{largest:.4g}", worst, saturated)
+    return made
 
 
 @app.command(
@@ -185,7 +161,8 @@ def evaluate_command(
         list[Path] | None, typer.Option(help="Calibration directory, one per static recipe.")
     ] = None,
     execution: Annotated[str, typer.Option(help="float, fake or integer.")] = "integer",
-    backend: Annotated[str, typer.Option(help="Where integers are multiplied: cpu or reference.")] = "cpu",
+    backend: Backend = "auto",
+    device: Device = "cpu",
     baseline: Annotated[str | None, typer.Option(help="Float model to compare an exported checkpoint with.")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per forward pass.")] = 64,
@@ -195,7 +172,7 @@ def evaluate_command(
     json_file: Json = None,
 ) -> None:
     """Run lm-eval tasks in integer execution, beside float on the same documents."""
-    from .backends import get_backend
+    from .backends import check_device, get_backend
     from .checkpoint import load_calibration
     from .core import unknown
     from .core.files import write_text
@@ -205,23 +182,27 @@ def evaluate_command(
 
     if execution not in EXECUTIONS:
         raise unknown("execution", execution, EXECUTIONS)
-    get_backend(backend)
+    backend = get_backend(backend, check_device(device)).name
     loaded = [load_calibration(path) for path in calibration or ()]
     named = [(text, recipe_of(text, overrides or ())) for text in recipe or ()]
     named += [(c.recipe.name, c.recipe) for c in loaded if not named]
     if named:
-        rows = evaluation_rows(model, named, loaded, execution=execution, backend=backend, say=_say(quiet))
+        rows = evaluation_rows(
+            model, named, loaded, execution=execution, backend=backend, device=device, say=say(quiet)
+        )
     elif _is_checkpoint(model):
         rows = [Row("float", execution="float", model=baseline)] if baseline else []
         rows.append(Row("checkpoint", execution=execution, backend=backend, model=model))
     else:
         rows = [Row("float", execution="float")]
     names = [t.strip() for t in tasks.split(",") if t.strip()]
-    results = evaluate(model, rows, names, limit=limit, batch_size=batch_size, dtype=dtype, progress=_say(quiet))
+    results = evaluate(
+        model, rows, names, limit=limit, batch_size=batch_size, dtype=dtype, device=device, progress=say(quiet)
+    )
     for task in names:
         out.print(task_table(task, results))
     if json_file is not None:
-        content = {"model": model, "command": sys.argv[1:], "versions": versions(), "rows": results}
+        content = {"model": model, "device": device, "command": sys.argv[1:], "versions": versions(), "rows": results}
         write_text(json_file, json.dumps(content, indent=1) + "\n")
 
 
@@ -235,7 +216,7 @@ def _is_checkpoint(model: str) -> bool:
 
 def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
     """One task, a row per recipe and metric; differences are paired, to the first row."""
-    table = _table(task, ("recipe", "run", "metric"), ("value", "to first, paired", "clipped"))
+    made = table(task, ("recipe", "run", "metric"), ("value", "to first, paired", "clipped"))
     for i, row in enumerate(rows):
         for metric, m in row["tasks"].get(task, {}).items():
             value, difference = f"{m['value']:.4f} ±{m['stderr']:.4f}", ""
@@ -245,8 +226,8 @@ def task_table(task: str, rows: list[dict[str, Any]]) -> Table:
                 difference = f"{m['difference']:+.4f} ±{m['difference_stderr']:.4f}"
             if i and "perplexity_ratio" in m:
                 difference = f"x {m['perplexity_ratio']:.4f} ±{m['perplexity_ratio_stderr']:.4f}"
-            table.add_row(row["name"], row["execution"], metric, value, difference, str(row["saturated"]))
-    return table
+            made.add_row(row["name"], row["execution"], metric, value, difference, str(row["saturated"]))
+    return made
 
 
 @app.command(epilog="Example: qdeltanet export tiny-recall --calibration cal --output checkpoint")
@@ -284,23 +265,32 @@ def ls(json_file: Json = None) -> None:
         "recipes": {name: load_recipe(name).description for name in shipped_recipes()},
         "methods": {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METHODS.items()},
         "sites": {s.name: f"{s.formula} {s.shape}" for s in SITES.values()},
-        "backends": {name: backend_status(name)[1] for name in backend_names()},
+        "backends": {name: _availability(*backend_status(name)) for name in backend_names()},
         "models": {name: str(path) for name, path in MODELS.items()},
         "datasets": {name: str(path) for name, path in DATASETS.items()},
     }
     for title, entries in listed.items():
         table = Table(title=title, show_header=False, title_justify="left", box=None)
         for name, text in entries.items():
-            table.add_row(name, text)
+            table.add_row(name, Text(text))
         out.print(table)
     if json_file is not None:
         write_text(json_file, json.dumps(listed, indent=1) + "\n")
 
 
+def _availability(available: bool, reason: str) -> str:
+    return f"{'available' if available else 'not here'}: {reason}"
+
+
+app.command("selftest", epilog="Example: qdeltanet selftest --backend cpu --json selftest.json")(selftest)
+app.add_typer(bench, name="bench")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interrupt 130, never a traceback for either."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads stall a busy machine
+    if "bench" not in sys.argv[1:2]:  # read when torch loads: spinning threads are fast alone, and stall a busy machine
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries

@@ -11,14 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import __version__
 from .calib import calibrate, load_samples
 from .checkpoint import Calibration, export_checkpoint, load_calibration
-from .core import QDeltaNetError, unknown
+from .core import QDeltaNetError, sqnr, unknown
 from .core.files import whole_directory
 from .eval.embedded import DATASETS, MODELS, dataset_path, model_path
 from .eval.evaluate import Row, evaluate
-from .eval.prepare import prepare_model
+from .eval.prepare import prepare_model, saturation
 from .eval.reload import save_logits
 from .models import load_model, load_tokenizer, model_fingerprint, quantize_model, set_execution
 from .recipe import Recipe, load_recipe
@@ -48,9 +51,14 @@ def run_calibration(
     batch_size: int = 8,
     text_column: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
+    backend: str | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Load, calibrate, return. dataset and seq_len default to those of an embedded model."""
+    """Load, calibrate, return. dataset and seq_len default to those of an embedded model.
+
+    backend: execute the first batch there afterwards; the report then says how far its logits are from float.
+    """
     default, length = EMBEDDED_DATA.get(model_name, (None, 512))
     name = dataset or default
     if name is None:
@@ -64,8 +72,23 @@ def run_calibration(
     path = model_path(model_name)
     tokenizer = load_tokenizer(path)
     data = load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
-    model = load_model(path, dtype)
-    return calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
+    model = load_model(path, dtype, device)
+    done = calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
+    if backend is None or recipe.is_float:
+        return done
+    execution = _executed(model, data.tokens[:batch_size].to(model.device), backend)
+    return Calibration(done.recipe, done.scales, {**done.report, "execution": execution})
+
+
+def _executed(model: Any, tokens: Tensor, backend: str) -> dict[str, Any]:
+    """Integer execution of some tokens [B, T] beside float."""
+    with torch.no_grad():
+        set_execution(model, "float")
+        expected = model(input_ids=tokens, use_cache=False).logits
+        set_execution(model, "integer", backend)
+        found = model(input_ids=tokens, use_cache=False).logits
+    clipped = sum(saturation(model).values())
+    return {"backend": backend, "sqnr_db": round(sqnr(expected, found), 2), "saturated": clipped}
 
 
 def is_complete(path: Path, model_name: str, recipe: Recipe, request: dict[str, Any]) -> bool:
@@ -93,6 +116,7 @@ def evaluation_rows(
     execution: str,
     backend: str,
     say: Say,
+    device: str = "cpu",
 ) -> list[Row]:
     """float first, then a row per recipe with the calibration that belongs to it.
 
@@ -108,7 +132,7 @@ def evaluation_rows(
             found = calibrations[0]  # meant for this row: what differs is said when it is applied
         if found is None and static and model_name in MODELS:
             say(f"{name}: no calibration given; calibrating on 128 samples of {EMBEDDED_DATA[model_name][0]}")
-            found = run_calibration(model_name, recipe)
+            found = run_calibration(model_name, recipe, device=device)
         rows.append(Row(name, recipe, found, execution, backend))  # type: ignore[arg-type]
     return rows
 

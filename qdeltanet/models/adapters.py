@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..backends import AUTO
 from ..core import QDeltaNetError
 from ..delta_rule import Dimensions, LayerScheme
 from ..nn import Execution, GatedDeltaNet
@@ -91,7 +92,7 @@ def _replacement(module: Any, adapter: Adapter, scheme: LayerScheme, index: int)
         return GatedDeltaNet(parts, adapter.dimensions(module), scheme, index, adapter.role_names)
 
 
-def set_execution(model: nn.Module, execution: Execution, backend: str = "cpu") -> None:
+def set_execution(model: nn.Module, execution: Execution, backend: str = AUTO) -> None:
     """Execution of every replaced layer. Raises BindingError where a layer cannot execute so."""
     for layer in delta_net_layers(model).values():
         layer.set_execution(execution, backend)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..backends import check_device
 from ..core import QDeltaNetError, unknown
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def load_model(name: str, dtype: str = "float32", **kwargs: Any) -> Any:
+def load_model(name: str, dtype: str = "float32", device: str = "cpu", **kwargs: Any) -> Any:
     """A causal language model in evaluation mode. name: hub id or directory; only safetensors are read.
 
-    Raises QDeltaNetError if it cannot be found or read.
+    Raises QDeltaNetError if it cannot be found or read, or this machine lacks the device.
     """
+    check_device(device)
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -25,7 +27,8 @@ def load_model(name: str, dtype: str = "float32", **kwargs: Any) -> Any:
         raise
     except Exception as e:  # transformers, hub and safetensors each have their own
         raise QDeltaNetError(_explain("model", name, e)) from e
-    return model.eval()
+    placed: Any = model.eval()
+    return placed.to(device)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from ..backends import get_backend
 from ..core import Backend
 
@@ -11,6 +13,9 @@ Execution = Literal["float", "observe", "fake", "integer"]
 EXECUTIONS: tuple[Execution, ...] = ("float", "fake", "integer")
 
 
-def backend_for(execution: Execution, name: str) -> Backend:
-    """The backend that multiplies codes: fake execution has its own, integer execution the one asked for."""
-    return get_backend("fake" if execution == "fake" else name)
+def backend_for(execution: Execution, name: str, device: torch.device) -> Backend:
+    """The backend that multiplies codes: fake execution has its own, integer execution the one asked for.
+
+    Raises QDeltaNetError where the backend does not run here, or not on the device.
+    """
+    return get_backend("fake" if execution == "fake" else name, device.type)

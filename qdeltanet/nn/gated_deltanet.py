@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import AUTO
 from ..core import (
     TINY,
     Arithmetic,
@@ -71,13 +72,14 @@ class GatedDeltaNet(nn.Module):
         self.scales = Scales({spec.key: scale_shape(spec, dims, scheme.plan.chunk_size) for spec in self.specs})
         self.decode_plan = make_plan("identity", 1)
         self.execution: Execution = "float"
-        self.backend_name = "cpu"
+        self.backend_name = AUTO
         self.observe: Observe | None = None
         self._arithmetic: Arithmetic | None = None
+        self._arithmetic_device: torch.device | None = None
 
     # -- execution ---------------------------------------------------------------------------------------------------
 
-    def set_execution(self, execution: Execution, backend: str = "cpu") -> None:
+    def set_execution(self, execution: Execution, backend: str = AUTO) -> None:
         """Choose how the layer and its quantized projections execute. Raises BindingError where it cannot."""
         if execution in ("fake", "integer") and self.bound is None and not self.projections():
             raise BindingError("this recipe quantizes nothing: execute it as float")
@@ -96,8 +98,8 @@ class GatedDeltaNet(nn.Module):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        if self._arithmetic is None:
-            self._arithmetic = self._make_arithmetic()
+        if self._arithmetic is None or self._arithmetic_device != self.A_log.device:  # the model may have been moved
+            self._arithmetic, self._arithmetic_device = self._make_arithmetic(), self.A_log.device
         return self._arithmetic
 
     def _make_arithmetic(self) -> Arithmetic:
@@ -105,7 +107,7 @@ class GatedDeltaNet(nn.Module):
             return ObservingArithmetic(self.observe)
         if self.execution in ("float", "observe") or self.bound is None:
             return FloatArithmetic()
-        backend = backend_for(self.execution, self.backend_name)
+        backend = backend_for(self.execution, self.backend_name, self.A_log.device)
         return IntegerArithmetic(self.bound, self.scales.as_dict(), backend, allow_float=self.execution == "fake")
 
     # -- forward -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..backends import AUTO
 from ..core import (
     BindingError,
     Granularity,
@@ -47,7 +48,7 @@ class QuantLinear(Float32Buffers):
             self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32))
         self.original = original
         self.execution: Execution = "float"
-        self.backend_name = "cpu"
+        self.backend_name = AUTO
         self.observe: Callable[[Tensor], None] | None = None
         self.saturated = 0
         assert scheme.activation.format is not None
@@ -77,7 +78,7 @@ class QuantLinear(Float32Buffers):
         scale = self.input_scale if self.is_static else dynamic_scale(rows, fmt.qmax, Granularity.PER_TOKEN)[0, 0]
         codes, saturated = saturate(round_half_even(rows[0, 0] / scale), fmt)
         self.saturated += int(saturated)
-        backend = backend_for(self.execution, self.backend_name)
+        backend = backend_for(self.execution, self.backend_name, x.device)
         weight = self.codes.to(torch.float32).T
         acc = backend.matmul(codes, weight, fmt.qmax, self.scheme.weight.qmax)
         y = (acc.to(torch.float32) * scale) * self.scale

@@ -5,65 +5,38 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    INT16,
+    FORMATS,
     INTEGER_KINDS,
     KINDS,
+    PATTERNS,
+    PLANS,
     Inputs,
-    Kind,
     Recording,
+    adversarial_inputs,
     bound_rule,
     differing,
     float_rule,
+    inverse_scheme,
+    lower_codes,
     rule_inputs,
     run,
 )
 from torch import Tensor
 
 from qdeltanet.core import (
-    Granularity,
     IntFormat,
     NonFiniteError,
     Operand,
     RuleScheme,
     SiteScheme,
-    power_of_two_ceil,
     relative_error,
     sqnr,
 )
 from qdeltanet.inverse import Plan, plan, run_plan, site_of
 
-FORMATS = (4, 6, 8, 12, 16)
 FAST = ("cpu", "fake")
 CASES = [(name, bits) for name in KINDS for bits in FORMATS]
 CASES += [(name, bits) for name in INTEGER_KINDS for bits in FORMATS]
-PLANS = {
-    "radix 2": plan("block_merge", 32),
-    "radix 4, 8": plan("block_merge", 32, radices=[4, 8]),
-    "cayley": plan("block_merge", 16, radices=[16]),
-    "neumann": plan("neumann", 32),
-    "neumann 9": plan("neumann", 16, order=4, band=2, residual_steps=9),
-    "substitution": plan("forward_substitution", 16),
-}
-
-
-def adversarial(tokens: int = 64) -> dict[str, Inputs]:
-    """Whole-rule inputs (keys taken as they are): codes at their limits, A = -ones, nothing at all."""
-    ones = (torch.ones(1, tokens, 1, 16), torch.ones(1, tokens, 1, 16), torch.ones(1, tokens, 2, 8),
-            torch.zeros(1, tokens, 2), torch.ones(1, tokens, 2))  # fmt: skip
-    q, k, v, g, beta = ones
-    signs = torch.where(torch.arange(tokens) % 2 == 0, 1.0, -1.0)[None, :, None, None]
-    one_hot = torch.zeros_like(v)
-    one_hot[:, tokens // 2, 0, 3] = 1e6
-    return {
-        "all max": ones,  # k k^T = K: T outgrows float32, which only static scales let pass (they clip)
-        "minus ones": (q / 4, k / 4, v, g, beta),  # k k^T = 1: A = -ones
-        "alternating": (q * signs, k / 4 * signs, v * signs, g, beta),
-        "beta 2": (q, k / 4, v, g, 2 * beta),
-        "zero": tuple(torch.zeros_like(x) for x in ones),  # type: ignore[dict-item]
-        "one hot": (q, k / 4, one_hot, g - 1e-3, beta),
-        "hard decay": (q / 4, k / 4, v * signs, g - 166.0, beta),
-        "tiny": (q, k / 4, v * 1e-38, g, beta),
-    }
 
 
 def compare(inputs: Inputs, p: Plan, scheme: RuleScheme, scales: dict[str, Tensor], normalise: bool = True) -> Tensor:
@@ -107,7 +80,7 @@ def test_whole_rule_on_adversarial_inputs(kind: str, bits: int) -> None:
     # static scales come from other data: most of these inputs saturate somewhere
     scheme, scales = bound_rule(rule_inputs(2, 64, 1, 2, 16, 8), p, bits, k)
     clipped = 0
-    for name, inputs in adversarial().items():
+    for name, inputs in adversarial_inputs().items():
         if name == "all max" and k.scale == "dynamic":
             continue
         output = compare(inputs, p, scheme, scales, normalise=False)
@@ -121,58 +94,11 @@ def test_whole_rule_on_adversarial_inputs(kind: str, bits: int) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if "dynamic" in k])
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_numbers_that_leave_float32_are_refused(backend: str, kind: str) -> None:
-    inputs = adversarial()["all max"]
+    inputs = adversarial_inputs()["all max"]
     p = PLANS["radix 2"]
     scheme, scales = bound_rule(inputs, p, 8, KINDS[kind])
     with pytest.raises(NonFiniteError, match=r"site \w+: NaN or Inf"):
         run(inputs, p, Recording(scheme, scales, backend), normalise=False)
-
-
-def lower_codes(pattern: str, size: int, fmt: IntFormat) -> Tensor:
-    """Codes of A, strictly lower, float32 [1, 2, C, C]."""
-    make = torch.Generator().manual_seed(size)
-    q, shape = fmt.qmax, (1, 2, size, size)
-    i = torch.arange(size)
-    A = {
-        "random": torch.randint(-q, q + 1, shape, generator=make).float(),
-        "all max": torch.full(shape, float(q)),
-        "minus ones": torch.full(shape, float(-q)),
-        "alternating": torch.where((i[:, None] + i[None, :]) % 2 == 0, float(q), float(-q)).expand(shape),
-        "zero": torch.zeros(shape),
-        "one hot": torch.zeros(shape).index_fill(-2, torch.tensor([size - 1]), float(q)),
-        "sub-diagonal": torch.diag(torch.full((size - 1,), float(-q)), -1).expand(shape),
-    }[pattern]
-    return A.tril(-1)
-
-
-PATTERNS = ("random", "all max", "minus ones", "alternating", "zero", "one hot", "sub-diagonal")
-
-
-def inverse_scheme(p: Plan, bits: int, kind: Kind, size: int) -> tuple[RuleScheme, dict[str, Tensor]]:
-    """A scheme for a plan alone, with static scales that fit no pattern in particular (unequal per head and axis)."""
-    fmt = IntFormat(bits)
-    carry = INT16 if kind.carry else None
-    make = torch.Generator().manual_seed(bits)
-    sites = {}
-    scales = {}
-    for site in ["A", "T", *(site_of(r) for r in p.registers)]:
-        carried = carry if site != "T" else None
-        granularity = kind.granularity
-        if granularity is Granularity.FINEST and carried is None:
-            granularity = Granularity.PER_TOKEN
-        sites[site] = SiteScheme(fmt, kind.scale, granularity, carried)
-        held = carried or fmt
-        shapes = {
-            site: {Granularity.PER_TENSOR: (1, 1, 1), Granularity.PER_TOKEN: (2, size, 1)}.get(granularity, (2, 1, 1)),
-            f"{site}/left": (2, size, 1),
-            f"{site}/right": (2, 1, size),
-        }
-        for key, shape in shapes.items():
-            qmax = held.qmax if key == site else fmt.qmax
-            scales[key] = (0.5 + torch.rand(shape, generator=make)) / qmax
-    if kind.requantize == "power_of_two":
-        scales = {k: power_of_two_ceil(s) for k, s in scales.items()}
-    return RuleScheme(sites, requantize=kind.requantize), scales
 
 
 @pytest.mark.parametrize(("kind", "bits"), CASES)
