@@ -44,29 +44,23 @@ class Mask:
 
     @property
     def row_range(self) -> tuple[int, int]:
-        """Rows of an outer block that can hold anything.
-
-        A triangle of single entries (inner 1) counts whole, its empty first row and last column included: kernels like
-        even sizes, and blocks that need no copy.
-        """
+        """Rows of an outer block that can hold anything."""
         stop = self.outer if self.rows is None else min(self.outer, self.rows)
-        return (0 if self.inner == 1 else self.inner), stop
+        return self.inner, stop
 
     @property
     def column_range(self) -> tuple[int, int]:
-        return self.columns_of(self.row_range)
+        return 0, (self.row_range[1] - 1) // self.inner * self.inner
 
     def columns_of(self, rows: tuple[int, int]) -> tuple[int, int]:
         """Columns that the given rows of a larger block can reach."""
         start, stop = rows
-        last = stop if self.inner == 1 else (stop - 1) // self.inner * self.inner
-        return start // self.outer * self.outer, last
+        return start // self.outer * self.outer, (stop - 1) // self.inner * self.inner
 
     def rows_of(self, columns: tuple[int, int]) -> tuple[int, int]:
         """Rows that the given columns of a larger block can reach."""
         start, stop = columns
-        first = start if self.inner == 1 else (start // self.inner + 1) * self.inner
-        return first, -(-stop // self.outer) * self.outer
+        return (start // self.inner + 1) * self.inner, -(-stop // self.outer) * self.outer
 
 
 @lru_cache(maxsize=1024)

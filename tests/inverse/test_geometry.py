@@ -22,6 +22,7 @@ from qdeltanet.core import (
     requantize,
 )
 from qdeltanet.inverse import Plan, invert, plan, run_plan, site_of
+from qdeltanet.inverse.geometry import geometry
 
 HEADS = 2
 PLANS = [
@@ -121,3 +122,16 @@ def test_in_integers_to_the_bit(p: Plan, bits: int, mode: Mode) -> None:
     assert torch.equal(T.scale, scales["T"])
     assert expected.abs().max() > 0
     assert int((expected * ~torch.ones(p.chunk_size, p.chunk_size).bool().tril(-1)).abs().max()) == 0
+
+
+def test_parts_are_what_can_meet_something() -> None:
+    """A definition, not an optimisation: the dynamic scale of a carried operand is that of its part."""
+    first, second = geometry(plan("block_merge", 4))[1:]
+    assert first is not None
+    assert second is not None
+    # N4 = L2 @ A: L2 has one entry, (3, 2), which meets row 2 of A alone
+    assert first.left == (slice(3, 4), slice(2, 3))
+    assert first.right == (slice(2, 3), slice(0, 2))
+    # L4 = N4 @ L2: of L2 the entry (1, 0)
+    assert second.left == (slice(2, 4), slice(1, 2))
+    assert second.right == (slice(1, 2), slice(0, 1))
