@@ -23,7 +23,7 @@ Score = tuple[float, bool]
 
 @register_model("qdeltanet")
 class QDeltaNetLM(HFLM):
-    """`--model qdeltanet --model_args pretrained=NAME,recipe=int8,calibration=DIR,execution=integer,backend=cpu`.
+    """`--model qdeltanet --model_args pretrained=NAME,recipe=int8,calibration=DIR,qdeltanet_backend=auto`.
 
     pretrained may also be a model object (then with tokenizer=). lm-eval's --use_cache does not know recipes: its keys
     would serve one recipe's answers to another, so do not use it with this class.

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...backends import get_backend
 from ...conformance.inputs import KINDS, Inputs, Kind, bound_rule, rule_inputs, run
 from ...core import FloatArithmetic, IntegerArithmetic, QDeltaNetError, sqnr
-from ...delta_rule import rule_sites
+from ...delta_rule import prepare, rule_sites, run_front
 from ...inverse import Plan, plan
 from .peers import BrevitasArithmetic, fla, transformers_rule
 from .timing import Case
@@ -113,12 +113,20 @@ def _runner(inputs: Inputs, p: Plan, arithmetic: IntegerArithmetic) -> Any:
 
 def _verifier(inputs: Inputs, p: Plan, arithmetic: IntegerArithmetic) -> Any:
     def verify() -> tuple[bool, str]:
-        """Output and final state equal reference's, every bit, on the inputs that are timed."""
+        """Output and final state equal reference's, every bit, on the inputs that are timed.
+
+        On an accelerator from the same float front end on: it is made on the CPU, where the judge runs.
+        """
         on_cpu: Inputs = tuple(x.cpu() for x in inputs)  # type: ignore[assignment]
         scales = {k: s.cpu() for k, s in arithmetic.scales.items()}
         judge = IntegerArithmetic(arithmetic.scheme, scales, get_backend("reference"))
-        expected, state = run(on_cpu, p, judge)
-        found, own_state = run(inputs, p, arithmetic)
+        if inputs[0].device.type == "cpu":
+            expected, state = run(on_cpu, p, judge)
+            found, own_state = run(inputs, p, arithmetic)
+        else:
+            front = prepare(*on_cpu, p.chunk_size, True)
+            expected, state = run_front(front, judge, p)
+            found, own_state = run_front(front.to(inputs[0].device), arithmetic, p)
         wrong = int((found.cpu() != expected).sum()) + int((own_state.codes.cpu().long() != state.codes).sum())
         return wrong == 0, f"{wrong} of {expected.numel() + state.codes.numel()} elements differ from reference"
 

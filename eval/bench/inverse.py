@@ -21,7 +21,7 @@ from ...core import (
     SiteScheme,
     relative_error,
 )
-from ...delta_rule.front import prepare
+from ...delta_rule import prepare
 from ...inverse import Plan, invert, plan, run_plan, site_of
 from .delta_rule import Size, inputs_of
 from .peers import fla, pto_inverse, row_loop, solve_triangular

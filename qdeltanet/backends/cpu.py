@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..core import FLOAT32_EXACT, FloatContainers
+from ..core import FloatContainers, held_in
 
-BF16_EXACT = 2**8  # 8 significant bits: whole numbers up to 256 are exact
 _switch = threading.RLock()
 
 
@@ -37,8 +36,7 @@ class CpuBackend(FloatContainers):
     name = "cpu"
 
     def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
-        bound = left.shape[-1] * left_max * right_max
-        if bound > FLOAT32_EXACT or max(left_max, right_max) > BF16_EXACT:
+        if held_in(left.shape[-1], left_max, right_max) is torch.float64:
             return super().matmul(left, right, left_max, right_max)
         with permit_bf16():
             return super().matmul(left, right, left_max, right_max)

@@ -18,6 +18,7 @@ from ..core import (
     RuleScheme,
     difference_decay,
 )
+from ..delta_rule import prepare, run_front
 from ..inverse import Plan, run_plan
 from .inputs import (
     ALL_KINDS,
@@ -32,7 +33,6 @@ from .inputs import (
     inverse_scheme,
     lower_codes,
     rule_inputs,
-    run,
 )
 from .recording import Recording
 
@@ -177,12 +177,15 @@ def _run_rule(
     backend: Backend,
     device: torch.device,
 ) -> Outcome:
-    """Fused where the backend can, and step by step with every site recorded."""
+    """Fused where the backend can, and step by step with every site recorded.
+
+    The float front end is made on the CPU once: exp and the sums of a norm differ between devices, codes must not.
+    """
     found: Outcome = {}
+    front = prepare(*inputs, p.chunk_size, normalise).to(device)
     for fused in (True, False):
         ar = Recording(scheme, _on(scales, device), backend, fused=fused)
-        moved: Inputs = tuple(x.to(device) for x in inputs)  # type: ignore[assignment]
-        output, state = run(moved, p, ar, normalise=normalise)
+        output, state = run_front(front, ar, p)
         how = "fused " if fused else ""
         found |= {f"{how}{name}": x for name, x in _outcome(ar, state=state).items()}
         found[f"{how}output"] = output.cpu()

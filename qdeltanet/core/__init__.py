@@ -1,6 +1,7 @@
 """Numerics: formats, granularity, quantize, requantize, exact accumulation, the arithmetics, the Backend protocol."""
 
 from .accumulate import (
+    BF16_EXACT,
     BYTE_MAX,
     COEFFICIENT_BITS,
     COEFFICIENT_MAX,
@@ -17,7 +18,7 @@ from .accumulate import (
     split_bytes,
 )
 from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic
-from .backend import Backend, FloatContainers
+from .backend import Backend, FloatContainers, held_in
 from .errors import BindingError, NonFiniteError, QDeltaNetError, unknown
 from .exp2 import difference_decay, exp2, log2_decay
 from .formats import IntFormat
@@ -41,6 +42,7 @@ from .scheme import Decay, ProjectionScheme, RuleScheme, ScaleSource, Side, Site
 from .terms import Region, Term, multipliers, per_head, scaled_sum
 
 __all__ = [
+    "BF16_EXACT",
     "BYTE_MAX",
     "COEFFICIENT_BITS",
     "COEFFICIENT_MAX",
@@ -88,6 +90,7 @@ __all__ = [
     "fake_quantize",
     "fit_scale",
     "grouped",
+    "held_in",
     "log2_decay",
     "multipliers",
     "part_bound",

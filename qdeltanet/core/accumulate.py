@@ -13,6 +13,7 @@ from .formats import IntFormat
 INT32_LIMIT = 2**31 - 1  # |accumulator| of an int32 accumulator stays below 2^31
 FLOAT32_EXACT = 2**24  # whole numbers up to here are exact in float32
 FLOAT64_EXACT = 2**53
+BF16_EXACT = 2**8  # 8 significant bits
 BYTE_MAX = 127
 COEFFICIENT_BITS = 15
 COEFFICIENT_MAX = 2  # beta <= 2 (negative eigenvalues), decay <= 1

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .accumulate import FLOAT32_EXACT
+from .accumulate import BF16_EXACT, FLOAT32_EXACT
 from .requantize import Result, Target, requantize
 from .terms import Term
 
@@ -35,8 +35,18 @@ class Backend(Protocol):
         ...
 
 
+def held_in(contracted: int, left_max: int, right_max: int) -> torch.dtype:
+    """Container of a product of codes: float32 while it holds the accumulator, else float64.
+
+    Codes above 256 are multiplied in float64 whatever the bound: a user may have permitted bfloat16 or TF32 for float32
+    products (torch.set_float32_matmul_precision), which smaller codes survive.
+    """
+    narrow = contracted * left_max * right_max <= FLOAT32_EXACT and max(left_max, right_max) <= BF16_EXACT
+    return torch.float32 if narrow else torch.float64
+
+
 class FloatContainers:
-    """Whole numbers in float32 while the bound is <= 2^24, else in float64: exact, and differentiable.
+    """Whole numbers in float32 while it holds them, else in float64: exact, and differentiable.
 
     This is fake quantization's backend: the same codes, products and requantizations as the integers, with the
     straight-through gradient where autograd is on.
@@ -46,8 +56,7 @@ class FloatContainers:
     kernels: Mapping[str, Callable[..., Any]] = {}
 
     def matmul(self, left: Tensor, right: Tensor, left_max: int, right_max: int) -> Tensor:
-        bound = left.shape[-1] * left_max * right_max
-        dtype = torch.float32 if bound <= FLOAT32_EXACT else torch.float64
+        dtype = held_in(left.shape[-1], left_max, right_max)
         return left.to(dtype) @ right.to(dtype)
 
     def requantize(self, terms: Sequence[Term], target: Target) -> Result:

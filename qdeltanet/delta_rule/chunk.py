@@ -107,6 +107,18 @@ def default_chunk_block(value: Tensor, key: Tensor, chunk_size: int) -> int:
     return max(1, BLOCK_ELEMENTS[value.device.type != "cpu"] // elements)
 
 
+def run_front(front: Front, arithmetic: Arithmetic, plan: Plan) -> tuple[Tensor, Operand]:
+    """The rule from a front end on, over its chunks and from a zero state; everything on the front's device.
+
+    Returns float32 output [B, N * C, H, V] and the state operand [B, H, K, V].
+    """
+    chunks, batch, heads, tokens, value_dim = front.v_beta.shape
+    zeros = front.v_beta.new_zeros(batch, heads, front.k_decay.shape[-1], value_dim)
+    output = front.v_beta.new_empty(batch, chunks, tokens, heads, value_dim)
+    state = _scan(front, arithmetic.quantize("state", zeros), arithmetic, plan, output)
+    return output.flatten(1, 2), state
+
+
 def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan, output: Tensor) -> Operand:
     """First what every chunk of the block can do at once, then the walk over chunks that carries the state.
 

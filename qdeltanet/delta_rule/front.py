@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ class Front:
     write_decay: Tensor
     pairwise_decay: Tensor
     chunk_decay: Tensor
+
+    def to(self, device: torch.device | str) -> Front:
+        """The same numbers on another device: what floats were made here is not made again there."""
+        return Front(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:

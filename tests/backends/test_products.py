@@ -76,8 +76,8 @@ def test_products_are_exact_at_the_edge_of_float32(backend: str, bits: int, k: i
     bound = product_bound(k, fmt, fmt)
     got = get_backend(backend).matmul(a, b, fmt.qmax, fmt.qmax)
     assert torch.equal(got.long(), exact_matmul(a, b))
-    # a float32 container is taken exactly while it is proven to hold the bound
-    assert got.dtype is (torch.float32 if bound <= FLOAT32_EXACT else torch.float64)
+    # a float32 container is taken exactly while it is proven to hold the bound, for codes that bfloat16 would hold
+    assert got.dtype is (torch.float32 if bound <= FLOAT32_EXACT and fmt.qmax <= 256 else torch.float64)
 
 
 @given(bits=st.integers(2, 16), k=st.sampled_from([16, 64, 128]), seed=st.integers(0, 2**31))

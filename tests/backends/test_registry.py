@@ -61,6 +61,21 @@ def test_a_setting_of_the_users_is_kept() -> None:
         MATMUL.fp32_precision = before
 
 
+@pytest.mark.parametrize("backend", ["cpu", "fake"])
+def test_a_users_permission_for_bfloat16_changes_no_code(backend: str) -> None:
+    make = torch.Generator().manual_seed(0)
+    before = MATMUL.fp32_precision
+    try:
+        MATMUL.fp32_precision = "bf16"
+        for left, right, k in ((127, 127, 64), (511, 511, 64), (32639, 7, 16), (2047, 2047, 4)):
+            a = torch.randint(-left, left + 1, (64, 64, k), generator=make).float()
+            b = torch.randint(-right, right + 1, (64, k, 64), generator=make).float()
+            got = get_backend(backend).matmul(a, b, left, right)
+            assert torch.equal(got.long(), a.long() @ b.long())
+    finally:
+        MATMUL.fp32_precision = before
+
+
 def test_wide_codes_never_meet_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     import qdeltanet.backends.cpu as cpu
 
