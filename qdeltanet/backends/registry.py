@@ -103,7 +103,8 @@ def get_backend(name: str, device: str = "") -> Backend:
     entry = _entry(name)
     available, reason = entry.status()
     if not available:
-        raise QDeltaNetError(f"backend {name}: {reason}; available: {', '.join(available_backends())}")
+        here = [n for n in backend_names() if backend_status(n)[0]]
+        raise QDeltaNetError(f"backend {name}: {reason}; available: {', '.join(here)}")
     if kind and kind not in entry.devices:
         raise QDeltaNetError(
             f"backend {name} runs on {' or '.join(entry.devices)}, not on {device}; "

@@ -18,7 +18,7 @@ from ..core import (
     RuleScheme,
     difference_decay,
 )
-from ..delta_rule import prepare, run_front
+from ..delta_rule import bind, prepare, run_front
 from ..inverse import Plan, run_plan
 from .inputs import (
     ALL_KINDS,
@@ -32,6 +32,8 @@ from .inputs import (
     bound_rule,
     inverse_scheme,
     lower_codes,
+    mixed_scheme,
+    observed_scales,
     rule_inputs,
 )
 from .recording import Recording
@@ -145,6 +147,9 @@ def _rules(quick: bool) -> Iterator[Case]:
                 inputs = rule_inputs(3, tokens, 1, 2, 16, 8, seed=bits)
                 yield Case("rule", f"{name}, random", partial(_rule, p, kind, bits, inputs, inputs, True))
     p = PLANS["radix 2"]
+    mixed = rule_inputs(1, 64, 2, 4, 16, 8, seed=1)
+    for kind_name, kind in ALL_KINDS.items():
+        yield Case("rule", f"radix 2, {kind_name}, mixed formats", partial(_mixed, p, kind, mixed))
     other = rule_inputs(2, 64, 1, 2, 16, 8)  # static scales come from other data: most of these saturate somewhere
     for kind_name, kind in ALL_KINDS.items():
         for bits in (8,) if quick else formats:
@@ -166,6 +171,11 @@ def _rule(
 ) -> Outcome:
     scheme, scales = bound_rule(seen, p, bits, kind)
     return _run_rule(scheme, scales, p, inputs, normalise, backend, device)
+
+
+def _mixed(p: Plan, kind: Kind, inputs: Inputs, backend: Backend, device: torch.device) -> Outcome:
+    scheme = bind(mixed_scheme(p, kind), p, inputs[0].shape[-1])
+    return _run_rule(scheme, observed_scales(inputs, p, scheme), p, inputs, True, backend, device)
 
 
 def _run_rule(

@@ -137,6 +137,13 @@ def rule_scheme(p: Plan, bits: int, kind: Kind, **overrides: SiteScheme) -> Rule
     return RuleScheme(sites, requantize=kind.requantize)
 
 
+def mixed_scheme(p: Plan, kind: Kind) -> RuleScheme:
+    """Every format in turn, site by site, so that most products multiply two formats. Not bound yet."""
+    schemes = [rule_scheme(p, bits, kind).sites for bits in FORMATS]
+    sites = {site: schemes[i % len(schemes)][site] for i, site in enumerate(rule_sites(p))}
+    return RuleScheme(sites, requantize=kind.requantize)
+
+
 def collector(specs: Sequence[ScaleSpec]) -> tuple[dict[tuple[str, Granularity], Tensor], Callable[..., None]]:
     """Maxima by (site, granularity), and the observer that fills them."""
     amax: dict[tuple[str, Granularity], Tensor] = {}

@@ -58,7 +58,7 @@ def test_the_full_suite_covers_every_plan_format_mode_and_chunk_size() -> None:
         assert word in names
     for word in ("int4", "int6", "int8", "int12", "int16", "fixed_point", "power_of_two", "dynamic", "finest"):
         assert word in names
-    for word in ("all max", "minus ones", "alternating", "zero", "one hot", "random"):
+    for word in ("all max", "minus ones", "alternating", "zero", "one hot", "random", "mixed formats"):
         assert word in names
     assert len(suite()) > 4 * len(suite(quick=True))
 
