@@ -33,6 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_triton
+@pytest.mark.timeout(1200)  # a minute on an idle core; the interpreter is slow on a busy one
 def test_every_element_equals_reference_in_the_interpreter() -> None:
     result = run("-m", "pytest", str(HERE / "triton_interpreted.py"), "--timeout=280", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -40,6 +41,7 @@ def test_every_element_equals_reference_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.timeout(900)
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """Integer tensor cores, and every float operation with its own rounding."""
     result = run(str(HERE / "triton_compiled.py"), TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
