@@ -111,7 +111,8 @@ def _gpu_cases(
     if A.device.type == "npu":
         pto = pto_inverse()
         if pto is not None:
-            half = (-A).half().contiguous()
+            # its layout is [M, C, C], float16, strictly upper triangular, with I + M: M = -A transposed
+            half = (-A).half().flatten(0, 1).mT.contiguous()
             yield Case(f"INT8 inverse, {name}", label, integers, "pto-kernels float16", lambda: pto(half), equals)
     if A.device.type != "cuda" or not backend_status("triton")[0]:
         return
@@ -126,8 +127,12 @@ def _gpu_cases(
     yield Case(f"bfloat16 inverse, {name}", "triton", ours, "copy (floor)", lambda: half.clone(), check)
     theirs = fla("fla.ops.utils.solve_tril", "solve_tril") or fla("fla.ops.utils", "solve_tril")
     if theirs is not None:
-        # FLA's layout is [B, T, H, C] with I + M: M = -A
-        packed = (-half).permute(0, 2, 1, 3).contiguous()
-        call = theirs
-        yield Case(f"bfloat16 inverse, {name}", "triton", ours, "FLA solve_tril", lambda: call(packed), check)
-        yield Case(f"INT8 inverse, {name}", label, integers, "FLA solve_tril", lambda: call(packed), equals)
+        # FLA's layout is [B, T, H, C], all chunks of a head one after the other, with I + M: M = -A
+        packed = (-half).transpose(1, 2).reshape(1, -1, half.shape[1], half.shape[-1]).contiguous()
+        solve = theirs
+
+        def peer() -> Any:
+            return solve(packed, output_dtype=torch.bfloat16)
+
+        yield Case(f"bfloat16 inverse, {name}", "triton", ours, "FLA solve_tril", peer, check)
+        yield Case(f"INT8 inverse, {name}", label, integers, "FLA solve_tril", peer, equals)
