@@ -83,7 +83,7 @@ def delta_rule_cases(size: Size, device: str = "cpu", backend: str = "auto") -> 
 def _fla_case(theirs: Any, inputs: Inputs, ours: Any) -> Case:
     q, k, v, g, beta = inputs
     # its heads are all value heads, as in transformers' own call
-    halves = [x.to(torch.bfloat16) for x in (repeat_heads(q, v), repeat_heads(k, v), v)]
+    halves = [x.to(torch.bfloat16) for x in (_as_value_heads(q, v), _as_value_heads(k, v), v)]
 
     def peer() -> Any:
         return theirs(*halves, g, beta, use_qk_l2norm_in_kernel=True)[0]
@@ -91,7 +91,7 @@ def _fla_case(theirs: Any, inputs: Inputs, ours: Any) -> Case:
     return Case("float rule", "float32", ours, "FLA bfloat16", peer, lambda: _close(peer().float(), ours(), 35))
 
 
-def repeat_heads(x: Tensor, v: Tensor) -> Tensor:
+def _as_value_heads(x: Tensor, v: Tensor) -> Tensor:
     """[B, T, HK, K] -> [B, T, H, K]."""
     return x.repeat_interleave(v.shape[2] // x.shape[2], dim=2)
 
