@@ -145,11 +145,12 @@ def bench_model(
     from .eval.bench.model import model_cases
     from .workflow import evaluation_rows, recipe_of
 
+    check_device(device)
     named = [(text, recipe_of(text)) for text in recipe or ("int8",)]
     loaded = [load_calibration(path) for path in calibration or ()]
-    rows = evaluation_rows(model, named, loaded, execution="integer", backend=backend, say=say(quiet))
+    rows = evaluation_rows(model, named, loaded, execution="integer", backend=backend, device=device, say=say(quiet))
     asked = [(row.name, row.recipe, row.calibration) for row in rows if row.recipe is not None]
-    cases = model_cases(model, asked, batch=batch, tokens=tokens, device=check_device(device), backend=backend)
+    cases = model_cases(model, asked, batch=batch, tokens=tokens, device=device, backend=backend)
     _bench(f"model {model}", cases, device, rounds, threads, keep_memory, quiet, json_file)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import FloatArithmetic, Operand, Term
+from ...core import SiteArithmetic
 
 Rule = Callable[..., Any]
 
@@ -39,7 +39,7 @@ def row_loop(A: Tensor) -> Tensor:
     return T + torch.eye(T.shape[-1], dtype=T.dtype, device=T.device)
 
 
-class BrevitasArithmetic(FloatArithmetic):
+class BrevitasArithmetic(SiteArithmetic):
     """Our float dataflow with a Brevitas `QuantIdentity` (INT8, per tensor) at every site: fake quantization."""
 
     def __init__(self, sites: Sequence[str], bits: int = 8) -> None:
@@ -54,21 +54,9 @@ class BrevitasArithmetic(FloatArithmetic):
         for q in self.quantizers.values():
             q.eval()
 
-    def quantize(self, site: str, x: Tensor) -> Operand:
-        operand = super().quantize(site, x)
-        return Operand(site, self.quantizers[site](operand.codes))
-
-    def store(
-        self,
-        site: str,
-        terms: Sequence[Term],
-        *,
-        shape: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        compact: bool = False,
-    ) -> Operand:
-        operand = super().store(site, terms, shape=shape, mask=mask, compact=compact)
-        return Operand(site, self.quantizers[site](operand.codes), compact=compact)
+    def enter(self, site: str, x: Tensor, compact: bool) -> Tensor:
+        quantized: Tensor = self.quantizers[site](x)
+        return quantized
 
 
 def fla(path: str, name: str) -> Rule | None:

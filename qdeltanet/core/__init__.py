@@ -17,7 +17,7 @@ from .accumulate import (
     product_bound,
     split_bytes,
 )
-from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic
+from .arithmetic import Arithmetic, FloatArithmetic, ObservingArithmetic, SiteArithmetic
 from .backend import Backend, FloatContainers, held_in
 from .errors import BindingError, NonFiniteError, QDeltaNetError, unknown
 from .exp2 import difference_decay, exp2, log2_decay
@@ -71,6 +71,7 @@ __all__ = [
     "RuleScheme",
     "ScaleSource",
     "Side",
+    "SiteArithmetic",
     "SiteScheme",
     "Target",
     "Term",

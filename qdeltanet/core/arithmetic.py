@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -160,26 +161,29 @@ class FloatArithmetic:
 Observe = Callable[[str, Tensor, bool], None]
 
 
-class ObservingArithmetic(FloatArithmetic):
+class SiteArithmetic(FloatArithmetic):
+    """Float, with `enter` between every site and what reads it."""
+
+    def enter(self, site: str, x: Tensor, compact: bool) -> Tensor:
+        """What becomes of a tensor that enters a site."""
+        raise NotImplementedError
+
+    def quantize(self, site: str, x: Tensor) -> Operand:
+        return self._entered(super().quantize(site, x))
+
+    def store(self, site: str, terms: Sequence[Term], **options: Any) -> Operand:
+        return self._entered(super().store(site, terms, **options))
+
+    def _entered(self, x: Operand) -> Operand:
+        return replace(x, codes=self.enter(x.site, x.codes, x.compact))
+
+
+class ObservingArithmetic(SiteArithmetic):
     """Float, with `observe(site, x, compact)` called on everything that enters a site."""
 
     def __init__(self, observe: Observe) -> None:
         self.observe = observe
 
-    def quantize(self, site: str, x: Tensor) -> Operand:
-        operand = super().quantize(site, x)
-        self.observe(site, operand.codes, False)
-        return operand
-
-    def store(
-        self,
-        site: str,
-        terms: Sequence[Term],
-        *,
-        shape: Sequence[int] | None = None,
-        mask: Tensor | None = None,
-        compact: bool = False,
-    ) -> Operand:
-        operand = super().store(site, terms, shape=shape, mask=mask, compact=compact)
-        self.observe(site, operand.codes, compact)
-        return operand
+    def enter(self, site: str, x: Tensor, compact: bool) -> Tensor:
+        self.observe(site, x, compact)
+        return x

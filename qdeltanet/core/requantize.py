@@ -28,7 +28,6 @@ from .terms import (
     scaled_pieces,
     scaled_sum,
 )
-from .terms import multipliers as multipliers
 
 Mode = Literal["float", "fixed_point", "power_of_two"]
 MODES: tuple[Mode, ...] = ("float", "fixed_point", "power_of_two")

@@ -13,9 +13,8 @@ from ..core import (
     Granularity,
     NonFiniteError,
     ProjectionScheme,
-    check_bound,
+    check_product,
     dynamic_scale,
-    product_bound,
     round_half_even,
     saturate,
 )
@@ -52,8 +51,7 @@ class QuantLinear(Float32Buffers):
         self.observe: Callable[[Tensor], None] | None = None
         self.saturated = 0
         assert scheme.activation.format is not None
-        self.bound = product_bound(in_features, scheme.activation.format, scheme.weight)
-        check_bound(f"projection of {in_features} inputs", self.bound, 64)
+        check_product(f"projection of {in_features} inputs", in_features, scheme.activation.format, scheme.weight, 64)
 
     @property
     def weight(self) -> Tensor:
