@@ -32,6 +32,7 @@ from qdeltanet.conformance.inputs import (
 from qdeltanet.conformance.recording import differing
 from qdeltanet.core import RuleScheme
 from qdeltanet.delta_rule import chunk_gated_delta_rule
+from qdeltanet.inverse.families import system as ut_system
 
 __all__ = [
     "FORMATS",
@@ -89,13 +90,6 @@ def unit_keys(family: str, tokens: int, width: int, make: torch.Generator) -> Te
 
 
 KEY_FAMILIES = ("gauss", "correlated", "repeated", "orthogonal", "equal", "opposite")
-
-
-def ut_system(keys: Tensor, beta: Tensor, g: Tensor) -> Tensor:
-    """A = -tril(diag(beta) (k k^T) * D, -1), written out from the definition; keys [..., C, K], beta, g [..., C]."""
-    c = g.cumsum(-1)
-    decay = (c[..., :, None] - c[..., None, :]).tril().exp()
-    return -(beta[..., :, None] * (keys @ keys.mT) * decay).tril(-1)
 
 
 def random_A(chunk_size: int, *, family: str = "gauss", heads: int = 3, seed: int = 0, width: int = 32) -> Tensor:

@@ -19,11 +19,12 @@ from ..core import (
     difference_decay,
 )
 from ..delta_rule import bind, prepare, run_front
-from ..inverse import Plan, run_plan
+from ..inverse import Plan, run_plan, unfit_factor
 from .inputs import (
     ALL_KINDS,
     FORMATS,
     LARGE_PLANS,
+    METHOD_PLANS,
     PATTERNS,
     PLANS,
     Inputs,
@@ -114,6 +115,20 @@ def _inverses(quick: bool) -> Iterator[Case]:
                 for pattern in PATTERNS if p.chunk_size < 64 and not quick else PATTERNS[:3]:
                     name = f"{plan_name}, {kind_name}, int{bits}, {pattern}"
                     yield Case("inverse", name, partial(_inverse, p, kind, bits, pattern))
+    yield from _methods(quick)
+
+
+def _methods(quick: bool) -> Iterator[Case]:
+    """Methods beside those that recipes ship with: fewer formats and patterns of each."""
+    for plan_name, p in METHOD_PLANS.items():
+        for kind_name in ("per_head", "finest dynamic", "fixed_point") if quick else ALL_KINDS:
+            kind = ALL_KINDS[kind_name]
+            if unfit_factor(p, kind.requantize) is not None:
+                continue
+            for bits in (8,) if quick else (4, 8, 16):
+                for pattern in ("random",) if quick else ("random", "minus ones"):
+                    name = f"{plan_name}, {kind_name}, int{bits}, {pattern}"
+                    yield Case("inverse", name, partial(_inverse, p, kind, bits, pattern))
 
 
 def _inverse(p: Plan, kind: Kind, bits: int, pattern: str, backend: Backend, device: torch.device) -> Outcome:
@@ -138,7 +153,7 @@ def _inverse(p: Plan, kind: Kind, bits: int, pattern: str, backend: Backend, dev
 
 def _rules(quick: bool) -> Iterator[Case]:
     formats = (8, 16) if quick else FORMATS
-    plans = {"radix 2": PLANS["radix 2"]} if quick else PLANS | {"radix 2, C = 64": LARGE_PLANS["radix 2, C = 64"]}
+    plans = {"eager": PLANS["eager"]} if quick else PLANS | {"eager, C = 64": LARGE_PLANS["eager, C = 64"]}
     for plan_name, p in plans.items():
         for kind_name, kind in ALL_KINDS.items():
             for bits in formats if p.chunk_size < 64 else (8,):
@@ -209,7 +224,7 @@ def _layers(quick: bool) -> Iterator[Case]:
     """Shapes of real layers: heads of 128, grouped keys, an odd batch."""
     if quick:
         return
-    p = LARGE_PLANS["radix 2, C = 64"]
+    p = LARGE_PLANS["eager, C = 64"]
     for bits in (4, 8, 16):
         for kind_name in ("per_head", "finest dynamic", "fixed_point"):
             inputs = rule_inputs(1, 130, 2, 4, 128, 128, seed=bits)

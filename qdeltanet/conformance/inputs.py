@@ -57,19 +57,32 @@ INTEGER_KINDS = {
 }
 ALL_KINDS = KINDS | INTEGER_KINDS
 PLANS = {
-    "radix 2": plan("block_merge", 32),
-    "radix 4, 8": plan("block_merge", 32, radices=[4, 8]),
-    "cayley": plan("block_merge", 16, radices=[16]),
+    "eager": plan("block_merge", 32),
+    "radix 2": plan("block_merge", 32, radices=[2] * 5),
+    "radix 4, 8": plan("block_merge", 32, radices=[4, 8], join="powers"),
+    "cayley": plan("block_merge", 16, radices=[16], join="powers"),
     "neumann": plan("neumann", 32),
     "neumann 9": plan("neumann", 16, order=4, band=2, residual_steps=9),
     "substitution": plan("forward_substitution", 16),
 }
+METHOD_PLANS = {
+    "explicit": plan("block_merge", 16, radices=[4, 4], join="powers", diagonal="explicit"),
+    "bunch_hopcroft": plan("bunch_hopcroft", 16),
+    "cayley_hamilton": plan("cayley_hamilton", 16),
+    "mixed": plan("mixed", 16, leaf=4),
+    "neumann linear": plan("neumann", 16, band="none", residual_steps=4, residual_sum="linear", block=8),
+    "truncated": plan("truncated_neumann", 16, order=6),
+    "newton": plan("newton_schulz", 16),
+    "newton from I": plan("newton_schulz", 16, start="identity"),
+    "column_sweep": plan("column_sweep", 16),
+}
 LARGE_PLANS = {
-    "radix 2, C = 16": plan("block_merge", 16),
-    "radix 2, C = 64": plan("block_merge", 64),
-    "radix 4, C = 64": plan("block_merge", 64, radices=[4, 4, 4]),
+    "eager, C = 16": plan("block_merge", 16),
+    "eager, C = 64": plan("block_merge", 64),
+    "eager at once, C = 64": plan("block_merge", 64, radices=[64]),
+    "radix 4, C = 64": plan("block_merge", 64, radices=[4, 4, 4], join="powers"),
     "neumann, C = 64": plan("neumann", 64),
-    "radix 2, C = 128": plan("block_merge", 128),
+    "radix 2, C = 128": plan("block_merge", 128, radices=[2] * 7),
 }
 
 

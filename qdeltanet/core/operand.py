@@ -125,14 +125,29 @@ def diagonal_blocks(x: Operand, block: int) -> Operand:
     """The [block, block] blocks on the diagonal of a [..., C, C] operand (whole or compact), compact."""
     if x.compact and x.codes.shape[-1] == block:
         return x
-    if x.compact:
+    if x.compact and x.codes.shape[-1] < block:
         return _embed(x, block)
+    if x.compact:
+        return _cut(x, block)
     codes = x.codes.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
     scale = x.scale
     if scale is not None:
         kept = next((axis for axis in (-2, -1) if scale.shape[axis] > 1), None)
         scale = scale.unsqueeze(-3) if kept is None else _split_axis(scale, kept, block)
     return replace(x, codes=codes, scale=scale, compact=True)
+
+
+def _cut(x: Operand, block: int) -> Operand:
+    """Compact blocks into the smaller ones on their diagonals."""
+    single = replace(x, codes=x.codes, compact=False)  # the axis of blocks as one more leading axis
+    parts = diagonal_blocks(single, block)
+    scale = None if parts.scale is None else _joined_blocks(parts.scale)
+    return replace(parts, codes=_joined_blocks(parts.codes), scale=scale)
+
+
+def _joined_blocks(x: Tensor) -> Tensor:
+    """[..., n, f, b, b] -> [..., n f, b, b]; axes of 1 stand for all."""
+    return x.squeeze(-3) if x.shape[-3] == 1 else x.flatten(-4, -3) if x.shape[-4] > 1 else x.squeeze(-4)
 
 
 def _embed(x: Operand, block: int) -> Operand:

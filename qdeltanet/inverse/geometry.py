@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from ..core import Region
-from .plan import INPUT, Mask, Plan, Step
+from .mask import Mask
+from .plan import Plan, Step, constant_masks
 
 Range = tuple[int, int]
+NOTHING = (slice(0, 0), slice(0, 0))
 
 
 @dataclass(frozen=True)
 class StepGeometry:
     """Rectangles inside one diagonal block of the step, and whether the sum has to be masked.
 
-    left, right: parts of the operands that take part; product: what of the output they cover; addends: the rectangle
-    that each addend covers.
+    left, right: parts of the operands that take part; product: what of the output they cover (all three empty for a
+    sum); addends: the rectangle that each summand covers.
     """
 
     left: Region
@@ -32,7 +33,7 @@ class StepGeometry:
 @lru_cache(maxsize=256)
 def geometry(plan: Plan) -> tuple[StepGeometry | None, ...]:
     """One entry per step, None for copies."""
-    masks = {INPUT: Mask(1, plan.chunk_size)}
+    masks = constant_masks(plan.chunk_size)
     result: list[StepGeometry | None] = []
     for step in plan.steps:
         result.append(None if step.is_copy else _step_geometry(step, masks))
@@ -41,20 +42,21 @@ def geometry(plan: Plan) -> tuple[StepGeometry | None, ...]:
 
 
 def _step_geometry(step: Step, masks: dict[str, Mask]) -> StepGeometry:
-    assert step.right is not None
-    out, left, right = step.mask, masks[step.left], masks[step.right]
+    left, right, product = NOTHING, NOTHING, NOTHING
+    if step.right is not None:
+        left, right, product = _product(step.mask, masks[step.left], masks[step.right])
+    addends = tuple(_addend(masks[register], step.mask) for register, _ in step.summands)
+    return StepGeometry(left, right, product, addends, masked=_needs_mask(step, masks))
+
+
+def _product(out: Mask, left: Mask, right: Mask) -> tuple[Region, Region, Region]:
     rows = _meet(out.row_range, _span(left.row_range, left, out))
     columns = _meet(out.column_range, _span(right.column_range, right, out))
     inner = _meet(left.columns_of(rows), right.rows_of(columns))
     rows = _meet(rows, left.rows_of(inner))
     columns = _meet(columns, right.columns_of(inner))
-    return StepGeometry(
-        left=(slice(*rows), slice(*inner)),
-        right=(slice(*inner), slice(*columns)),
-        product=(slice(*rows), slice(*columns)),
-        addends=tuple(_addend(masks[register], out) for register, _ in step.addends),
-        masked=_needs_mask(step, masks),
-    )
+    r, k, c = slice(*rows), slice(*inner), slice(*columns)
+    return (r, k), (k, c), (r, c)
 
 
 def _addend(mask: Mask, out: Mask) -> Region:
@@ -66,19 +68,16 @@ def _addend(mask: Mask, out: Mask) -> Region:
 
 def _needs_mask(step: Step, masks: dict[str, Mask]) -> bool:
     """Whether the sum can hold anything outside of the step's mask, in the rectangles that are touched."""
-    assert step.right is not None
     size = step.mask.outer
-    reach = _block(masks[step.left], size) @ _block(masks[step.right], size)
-    for register, _ in step.addends:
-        reach = reach + _block(masks[register], size)
+    reach = torch.zeros(size, size)
+    if step.right is not None:
+        reach = masks[step.left].matrix(size) @ masks[step.right].matrix(size)
+    for register, _ in step.summands:
+        reach = reach + masks[register].matrix(size)
     rows, columns = step.mask.row_range, step.mask.column_range
     touched = torch.zeros(size, size)
     touched[rows[0] : rows[1], columns[0] : columns[1]] = 1
     return bool(((reach * touched > 0) & (step.mask.matrix(size) == 0)).any())
-
-
-def _block(mask: Mask, size: int) -> Tensor:
-    return mask.matrix(size)
 
 
 def _span(own: Range, mask: Mask, out: Mask) -> Range:

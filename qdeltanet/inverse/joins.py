@@ -1,7 +1,9 @@
 """The float reader of plans that end in joins: inverted blocks are merged, in place.
 
 A join is radix 2 of block_merge, the pair of steps N = (I + L) A_off, L' = (I + N)(I + L) - I. In floating point its
-registers need no scale of their own: they take the place of the entries of A that they were made of.
+registers need no scale of their own: they take the place of the entries of A that they were made of. Eager joins are
+the same products in an order that shortens the chain of dependent ones, which a CPU does not feel: they are read as
+pairs.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .plan import INPUT, Mask, Plan, Step
+from .mask import Mask
+from .plan import INPUT, Plan, Step
 
 TILE = 16
 MATRICES = 512  # at a time, so that what one step writes the next finds in cache
@@ -21,6 +24,10 @@ MATRICES = 512  # at a time, so that what one step writes the next finds in cach
 def head_length(plan: Plan) -> int:
     """Number of steps before the joins that end a plan; all of them if it ends otherwise."""
     n = len(plan.steps)
+    if plan.method == "block_merge" and plan.options["join"] == "eager" and n > 1:
+        return 1
+    if any(s.factor != 1 for s in plan.steps):  # the blocks of a join are taken as they are
+        return n
     masks = {INPUT: Mask(1, plan.chunk_size)} | {s.out: s.mask for s in plan.steps}
     while n >= 3 and _is_join(plan.steps[n - 2], plan.steps[n - 1], masks):
         n -= 2
@@ -30,7 +37,8 @@ def head_length(plan: Plan) -> int:
 def _is_join(first: Step, second: Step, masks: dict[str, Mask]) -> bool:
     block, merged = first.mask.inner, first.left
     return (
-        first == Step(first.out, Mask(block, 2 * block), merged, INPUT, ((INPUT, 1),))
+        first.right is not None
+        and first == Step(first.out, Mask(block, 2 * block), merged, INPUT, ((INPUT, 1),))
         and second == Step(second.out, Mask(1, 2 * block), first.out, merged, ((first.out, 1), (merged, 1)))
         and masks[merged] == Mask(1, block)
     )

@@ -1,79 +1,39 @@
 """The plan language: the triangular inverse as a short immutable sequence of steps over named registers.
 
-A register holds the strictly lower part of a [C, C] matrix (the identity is implicit): register `T` stands for T - I.
-Two kinds of step exist: a masked matmul with addends, and a masked copy, which hands a register's codes on unchanged.
+A register holds the strictly lower part of a [C, C] matrix (the identity is implicit): register `T` stands for T - I. A
+mask with its diagonal makes a register that holds I + L instead. Three kinds of step exist: a masked matmul with
+addends, a masked sum, and a masked copy, which hands a register's codes on unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from .mask import Mask
 
 INPUT, OUTPUT = "A", "T"
+IDENTITY = "I"  # a constant: codes are the identity, scale 1
+Unit = Literal["matrix", "vector"]
 
 
-@dataclass(frozen=True)
-class Mask:
-    """Entries (i, j), i > j, of the same `outer`-block and of different `inner`-blocks.
-
-    Mask(1, C) is the strictly lower triangle, Mask(1, b) the diagonal blocks of size b, Mask(b, 2b) what radix 2 joins.
-    band keeps i - j <= band; rows keeps i < rows.
-    """
-
-    inner: int
-    outer: int
-    band: int | None = None
-    rows: int | None = None
-
-    def matrix(self, size: int) -> Tensor:
-        """{0, 1} float32 [size, size]."""
-        i = torch.arange(size)[:, None]
-        j = torch.arange(size)[None, :]
-        keep = (i > j) & (i // self.outer == j // self.outer) & (i // self.inner != j // self.inner)
-        if self.band is not None:
-            keep &= i - j <= self.band
-        if self.rows is not None:
-            keep &= i < self.rows
-        return keep.to(torch.float32)
-
-    @property
-    def row_range(self) -> tuple[int, int]:
-        """Rows of an outer block that can hold anything."""
-        stop = self.outer if self.rows is None else min(self.outer, self.rows)
-        return self.inner, stop
-
-    @property
-    def column_range(self) -> tuple[int, int]:
-        return 0, (self.row_range[1] - 1) // self.inner * self.inner
-
-    def columns_of(self, rows: tuple[int, int]) -> tuple[int, int]:
-        """Columns that the given rows of a larger block can reach."""
-        start, stop = rows
-        return start // self.outer * self.outer, (stop - 1) // self.inner * self.inner
-
-    def rows_of(self, columns: tuple[int, int]) -> tuple[int, int]:
-        """Rows that the given columns of a larger block can reach."""
-        start, stop = columns
-        return (start // self.inner + 1) * self.inner, -(-stop // self.outer) * self.outer
-
-
-@lru_cache(maxsize=1024)
-def cached_mask(mask: Mask, size: int, device: torch.device) -> Tensor:
-    """`mask.matrix(size)` on a device, built once."""
-    return mask.matrix(size).to(device)
+def constant_masks(chunk_size: int) -> dict[str, Mask]:
+    """Masks of what a plan starts from."""
+    return {INPUT: Mask(1, chunk_size), IDENTITY: Mask(chunk_size, chunk_size, diagonal=True)}
 
 
 @dataclass(frozen=True)
 class Step:
-    """out = mask * (left @ right + sum of sign * addend), or a masked copy of `left` where right is None.
+    """out = mask * (left @ right + sum of sign * addend). Without `right` a sum, left + addends; without either a copy.
 
-    A copy has no addends: the register inherits codes and scale.
+    A copy inherits codes and scale; `factor` (of copies only) multiplies the scale. A sum is stored like a product.
+    IDENTITY may stand where a register is added. unit: the hardware that a product is meant for, a matrix unit or,
+    where it is of rank one or a row, vectors; only counts and costs read it.
+
+    Raises ValueError for a step that is none of these.
     """
 
     out: str
@@ -81,16 +41,35 @@ class Step:
     left: str
     right: str | None = None
     addends: tuple[tuple[str, int], ...] = ()
+    factor: float = 1.0
+    unit: Unit = "matrix"
+
+    def __post_init__(self) -> None:
+        if self.factor != 1 and not self.is_copy:
+            raise ValueError(f"step {self.out}: only a copy takes a factor")
+        if IDENTITY in (self.out, self.right) or (self.left == IDENTITY and not self.is_sum):
+            raise ValueError(f"step {self.out}: {IDENTITY} is a constant that can only be added")
 
     @property
     def is_copy(self) -> bool:
-        return self.right is None
+        return self.right is None and not self.addends
+
+    @property
+    def is_sum(self) -> bool:
+        return self.right is None and bool(self.addends)
+
+    @property
+    def summands(self) -> tuple[tuple[str, int], ...]:
+        """What is added to the product, if there is one: (register, sign)."""
+        return self.addends if self.right is not None or self.is_copy else ((self.left, 1), *self.addends)
 
     def __str__(self) -> str:
         if self.is_copy:
-            return f"{self.out} = {self.left} masked {self.mask.inner}:{self.mask.outer}"
+            factor = "" if self.factor == 1 else f"{self.factor:g} "
+            column = "" if self.mask.column is None else f" column {self.mask.column}"
+            return f"{self.out} = {factor}{self.left} masked {self.mask.inner}:{self.mask.outer}{column}"
         signs = "".join(f" {'+' if s > 0 else '-'} {r}" for r, s in self.addends)
-        return f"{self.out} = {self.left} @ {self.right}{signs}"
+        return f"{self.out} = {self.left}{f' @ {self.right}' if self.right else ''}{signs}"
 
 
 @dataclass(frozen=True)
@@ -114,33 +93,47 @@ class Plan:
 
     @cached_property
     def masks(self) -> Mapping[str, Mask]:
-        """The mask of each register as last written."""
-        return MappingProxyType({INPUT: Mask(1, self.chunk_size)} | {s.out: s.mask for s in self.steps})
+        """The mask of each register as last written, A and IDENTITY included."""
+        return MappingProxyType(constant_masks(self.chunk_size) | {s.out: s.mask for s in self.steps})
 
     @property
     def matmuls(self) -> int:
-        return sum(not s.is_copy for s in self.steps)
+        """Products meant for a matrix unit."""
+        return sum(s.right is not None and s.unit == "matrix" for s in self.steps)
+
+    @property
+    def vector_steps(self) -> int:
+        """Products meant for a vector unit."""
+        return sum(s.right is not None and s.unit == "vector" for s in self.steps)
 
     @cached_property
     def depth(self) -> int:
-        """Longest chain of dependent products."""
-        level: dict[str, int] = {INPUT: 0}
+        """Longest chain of dependent products, on either unit."""
+        level: dict[str, int] = {INPUT: 0, IDENTITY: 0}
         for s in self.steps:
-            sources = [s.left, *([s.right] if s.right else [])]
-            before = max(level[r] for r in [*sources, *(r for r, _ in s.addends)])
-            level[s.out] = before + (0 if s.is_copy else 1)
+            sources = [s.left, *([s.right] if s.right else []), *(r for r, _ in s.addends)]
+            level[s.out] = max(level[r] for r in sources) + (s.right is not None)
         return max(level.values())
+
+    def source(self, register: str) -> str:
+        """The register whose codes it holds: itself, or for a copy what it was made of."""
+        copied = {s.out: s.left for s in self.steps if s.is_copy}
+        while register not in (INPUT, OUTPUT, *self.registers):
+            register = copied[register]
+        return register
 
     def uses(self, register: str) -> set[str]:
         """How a register is read: any of `left`, `right`, `addend`. A copy's uses count for its source."""
         found: set[str] = set()
-        names = {register} | {s.out for s in self.steps if s.is_copy and s.left == register}
+        names = {register}
         for s in self.steps:
-            if s.is_copy:
-                continue
-            found |= {"left"} if s.left in names else set()
-            found |= {"right"} if s.right in names else set()
-            found |= {"addend"} if any(r in names for r, _ in s.addends) else set()
+            if s.is_copy and s.left in names:
+                names.add(s.out)
+        for s in self.steps:
+            if s.right is not None:
+                found |= {"left"} if s.left in names else set()
+                found |= {"right"} if s.right in names else set()
+            found |= {"addend"} if any(r in names for r, _ in s.summands) else set()
         return found
 
     def __str__(self) -> str:

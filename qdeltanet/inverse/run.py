@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
 
 from ..core import (
     Arithmetic,
+    BindingError,
     FloatArithmetic,
+    IntegerArithmetic,
+    Mode,
     ObservingArithmetic,
     Operand,
-    Region,
-    Term,
     check_codes,
     diagonal_blocks,
     whole,
 )
-from .geometry import StepGeometry, geometry
+from .geometry import geometry
 from .joins import head_length, joined
-from .plan import INPUT, OUTPUT, Mask, Plan, Step, cached_mask
-
-
-def site_of(register: str) -> str:
-    """Site name of a register: A and T are sites of the rule, the others `inverse.<register>`."""
-    return register if register in (INPUT, OUTPUT) else f"inverse.{register}"
+from .plan import IDENTITY, INPUT, OUTPUT, Plan, Step
+from .steps import Register, identity_of, run_step
 
 
 def run_plan(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
@@ -43,22 +40,39 @@ def run_steps(plan: Plan, A: Operand, arithmetic: Arithmetic) -> Operand | None:
     fused: Operand | None = arithmetic.fused("run_plan", plan, A) if plan.steps else None
     if fused is not None:
         return fused
+    if isinstance(arithmetic, IntegerArithmetic):
+        check_factors(plan, arithmetic.scheme.requantize)
     if type(arithmetic) is FloatArithmetic and _joins(plan, A.codes):
         T = _run_joined(plan, A.codes)
         T.diagonal(dim1=-2, dim2=-1).zero_()
         return Operand(OUTPUT, T)
     registers = _run_steps(plan, len(plan.steps), A, arithmetic)
-    return whole(registers[OUTPUT]) if plan.steps else None
+    return whole(registers[OUTPUT].operand) if plan.steps else None
 
 
-def _run_steps(plan: Plan, steps: int, A: Operand, arithmetic: Arithmetic) -> dict[str, Operand]:
-    """Registers after the first `steps` steps."""
-    registers = {INPUT: A}
-    for step, where in list(zip(plan.steps, geometry(plan), strict=True))[:steps]:
-        run = (
-            _copy(step, registers, arithmetic) if where is None else _multiply(plan, step, where, registers, arithmetic)
+def unfit_factor(plan: Plan, mode: Mode) -> Step | None:
+    """The first copy whose factor is no power of two, where the mode asks for scales that are."""
+    steps = plan.steps if mode == "power_of_two" else ()
+    return next((s for s in steps if math.frexp(s.factor)[0] != 0.5), None)
+
+
+def check_factors(plan: Plan, mode: Mode) -> None:
+    """Raise BindingError for an `unfit_factor`. Binding asks, and so does every run in integers."""
+    step = unfit_factor(plan, mode)
+    if step is not None:
+        raise BindingError(
+            f"{plan.method}: register {step.out} is {step.left} times {step.factor:.6g}, which is no power of two; "
+            "use requantize: float or fixed_point, or another method"
         )
-        registers[step.out] = run
+
+
+def _run_steps(plan: Plan, steps: int, A: Operand, arithmetic: Arithmetic) -> dict[str, Register]:
+    """Registers after the first `steps` steps."""
+    registers = {INPUT: Register(A)}
+    if plan.uses(IDENTITY):
+        registers[IDENTITY] = Register(identity_of(A))
+    for step, where in list(zip(plan.steps, geometry(plan), strict=True))[:steps]:
+        registers[step.out] = run_step(step, where, registers, arithmetic)
     return registers
 
 
@@ -68,7 +82,7 @@ def _run_joined(plan: Plan, A: Tensor) -> Tensor:
     last = plan.steps[head - 1]
     merged: Tensor | None = None
     if head > 1 or not last.is_copy:
-        register = _run_steps(plan, head, Operand(INPUT, A), FloatArithmetic())[last.out]
+        register = _run_steps(plan, head, Operand(INPUT, A), FloatArithmetic())[last.out].operand
         blocks = diagonal_blocks(register, last.mask.outer).codes
         merged = blocks.reshape(-1, *blocks.shape[-3:])
     return joined(A.reshape(-1, size, size), merged, last.mask.outer).view(A.shape)
@@ -106,43 +120,3 @@ def register_ranges(plan: Plan, A: Tensor) -> dict[str, float]:
 
     run_plan(plan, Operand(INPUT, A), ObservingArithmetic(observe))
     return reached
-
-
-def _copy(step: Step, registers: dict[str, Operand], arithmetic: Arithmetic) -> Operand:
-    """Codes and scale of the source, masked. Blocks of the strictly lower triangle need no mask.
-
-    T is a site of its own: a copy into it is stored like a sum, with the scale of T.
-    """
-    source = diagonal_blocks(registers[step.left], step.mask.outer)
-    triangle = step.mask.inner == 1 and step.mask.band is None and step.mask.rows is None
-    mask = None if triangle else cached_mask(step.mask, step.mask.outer, source.codes.device)
-    if step.out == OUTPUT:
-        return arithmetic.store(OUTPUT, [arithmetic.addend(source)], mask=mask, compact=True)
-    return source if mask is None else replace(source, codes=source.codes * mask.to(source.codes.dtype))
-
-
-def _multiply(
-    plan: Plan, step: Step, where: StepGeometry, registers: dict[str, Operand], arithmetic: Arithmetic
-) -> Operand:
-    assert step.right is not None
-    outer = step.mask.outer
-    left, right = registers[step.left], registers[step.right]
-    parts = where.left, where.right
-    terms = [arithmetic.product(left, right, region=where.product, parts=parts, size=outer)]
-    keeps_all = step.mask == Mask(1, outer)
-    terms += [
-        _addend(registers[register], sign, outer, region, arithmetic, keeps_all)
-        for (register, sign), region in zip(step.addends, where.addends, strict=True)
-    ]
-    mask = cached_mask(step.mask, outer, left.codes.device) if where.masked else None
-    lead = left.codes.shape[: -3 if left.compact else -2]
-    shape = (*lead, plan.chunk_size // outer, outer, outer)
-    return arithmetic.store(site_of(step.out), terms, shape=shape, mask=mask, compact=True)
-
-
-def _addend(x: Operand, sign: int, outer: int, region: Region, arithmetic: Arithmetic, whole_blocks: bool) -> Term:
-    """whole_blocks: the step keeps every entry below the diagonal, so smaller blocks are taken as they are."""
-    if x.compact and x.codes.shape[-1] < outer and whole_blocks:
-        return arithmetic.addend(x, sign=sign, size=outer)
-    part = diagonal_blocks(x, outer).part(*region)
-    return arithmetic.addend(part, sign=sign, region=region)

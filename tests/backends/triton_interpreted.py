@@ -289,6 +289,15 @@ def test_reasons_to_decline() -> None:
     assert "chunk size 8" in str(reason(plan("block_merge", 8)))
     assert "63 steps" in str(reason(plan("forward_substitution", 64)))
     assert "without steps" in str(reason(plan("identity", 32)))
+    for q in (
+        plan("bunch_hopcroft", 16),
+        plan("cayley_hamilton", 16),
+        plan("newton_schulz", 16),
+        plan("column_sweep", 16),
+    ):
+        assert "a kernel takes products, and copies without a factor" in str(reason(q))
+    assert reason(plan("newton_schulz", 16, start="identity")) is None
+    assert reason(plan("truncated_neumann", 16, order=6)) is None
     assert "spans heads" in str(reason(A=SiteScheme(IntFormat(8), "dynamic", Granularity.PER_TENSOR)))
     assert "no integer format" in str(reason(T=SiteScheme(None)))
     assert "carried T" in str(reason(T=SiteScheme(IntFormat(8), carry=IntFormat(16))))

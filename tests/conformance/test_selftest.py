@@ -54,7 +54,7 @@ def test_the_whole_quick_suite_on_cpu() -> None:
 
 def test_the_full_suite_covers_every_plan_format_mode_and_chunk_size() -> None:
     names = " ".join(case.name for case in suite())
-    for word in ("neumann", "cayley", "substitution", "radix 4, 8", "C = 16", "C = 64", "C = 128"):
+    for word in ("eager", "neumann", "cayley", "substitution", "radix 4, 8", "C = 16", "C = 64", "C = 128"):
         assert word in names
     for word in ("int4", "int6", "int8", "int12", "int16", "fixed_point", "power_of_two", "dynamic", "finest"):
         assert word in names

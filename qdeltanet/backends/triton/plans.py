@@ -32,6 +32,9 @@ def declines_size(plan: Plan) -> str | None:
         return "a plan without steps needs no kernel"
     if len(plan.steps) > MAX_STEPS:
         return f"{len(plan.steps)} steps: a kernel holds {MAX_STEPS} at most"
+    for step in plan.steps:
+        if step.is_sum or step.factor != 1 or step.mask.diagonal or step.mask.column is not None:
+            return f"step {step}: a kernel takes products, and copies without a factor, below the diagonal"
     return None
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from ..plan import INPUT, OUTPUT, Mask, Plan, Step
+from ..mask import Mask
+from ..plan import INPUT, OUTPUT, Plan, Step
 
 
 def forward_substitution(chunk_size: int) -> Plan:
-    """L_(i) = rows up to i of A + A L_(i-1): row i needs only the rows above it.
+    """Forward substitution: L_(i) = rows up to i of A + A L_(i-1); row i needs only the rows above it.
 
-    The recurrence of transformers' row loop and of the column sweep (VCS, MCS of arXiv 2605.21325), C - 2 products
-    deep. One register is written again and again; rows already done come out the same.
+    The recurrence of transformers' row loop, n - 2 products of one row, as many deep; `column_sweep` is the same by
+    columns. One register is written again and again; rows already done come out the same.
     """
     steps = [Step("L", Mask(1, chunk_size, rows=2), INPUT)]
     for row in range(2, chunk_size):
         out = OUTPUT if row == chunk_size - 1 else "L"
-        steps.append(Step(out, Mask(1, chunk_size, rows=row + 1), INPUT, "L", ((INPUT, 1),)))
+        steps.append(Step(out, Mask(1, chunk_size, rows=row + 1), INPUT, "L", ((INPUT, 1),), unit="vector"))
     if chunk_size == 2:
         steps = [Step(OUTPUT, Mask(1, 2), INPUT)]
     return Plan("forward_substitution", chunk_size, tuple(steps), {}, frozenset((INPUT, "L", OUTPUT)))
