@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..core import Granularity, QDeltaNetError, unknown
+from ..core import TINY, Granularity, QDeltaNetError, unknown
 
 BINS = 2**15  # the top 16 bits of |x| as float32: no range has to be known, and the sign bit is 0
 
@@ -61,7 +61,7 @@ class PercentileObserver:
         n = shape.numel()
         if n > 4096:
             raise QDeltaNetError(
-                "the percentile observer needs per_tensor or per_head scales; use observer.kind=minmax"
+                "the percentile observer needs per_tensor or per_head scales; use observer.kind=minmax or mse"
             )
         values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
         bins = values.view(torch.int32) >> 16
@@ -79,13 +79,60 @@ class PercentileObserver:
         return torch.minimum(edge, top)
 
 
-def make_observer(kind: str, percentile: float) -> Observer:
-    """Raises QDeltaNetError for an unknown kind."""
+class MseObserver:
+    """The range whose codes lie nearest to what was seen: clipping the tail may round the rest more finely.
+
+    Minimises the mean square of x - s clamp(round(x / s)) over s = ratio * max / qmax, from counts in logarithmic bins
+    3% wide between 2^-32 and 2^24, each taken at its middle. qmax: of the codes.
+    """
+
+    SHIFT = 18  # 5 bits of the mantissa
+    LOWEST, BINS = (127 - 32) << 5, (24 + 32) << 5
+    RATIOS = tuple(0.02 * i for i in range(10, 51))
+
+    def __init__(self, qmax: int) -> None:
+        self.qmax = qmax
+        self._counts: Tensor | None = None
+        self._max = MinMaxObserver()
+
+    def update(self, groups: Tensor) -> None:
+        self._max.update(groups)
+        shape = groups.shape[1:-1]
+        n = shape.numel()
+        values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
+        bins = ((values.view(torch.int32) >> self.SHIFT) - self.LOWEST).clamp(0, self.BINS - 1)
+        flat = (bins.long() + torch.arange(n, device=bins.device) * self.BINS).flatten()
+        counts = torch.bincount(flat, minlength=n * self.BINS).view(*shape, self.BINS).to(torch.int32)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def amax(self) -> Tensor:
+        top = self._max.amax()
+        assert self._counts is not None
+        edges = (torch.arange(self.BINS, device=top.device) + self.LOWEST) << self.SHIFT
+        middles = (edges + (1 << (self.SHIFT - 1))).to(torch.int32).view(torch.float32)
+        best, least = top, torch.full_like(top, float("inf"))
+        for ratio in reversed(self.RATIOS):  # of equals the widest
+            error = self._error(middles, ratio * top)
+            best, least = torch.where(error < least, ratio * top, best), torch.minimum(error, least)
+        return best
+
+    def _error(self, middles: Tensor, amax: Tensor) -> Tensor:
+        """Sum of squared differences per scale, [h, r, c]."""
+        assert self._counts is not None
+        scale = amax.clamp(min=TINY)[..., None] / self.qmax
+        codes = torch.round(middles / scale).clamp(max=self.qmax)
+        return ((middles - codes * scale).square() * self._counts).sum(-1)
+
+
+def make_observer(kind: str, percentile: float, qmax: int) -> Observer:
+    """qmax: of the codes that the range is for. Raises QDeltaNetError for an unknown kind."""
     if kind == "minmax":
         return MinMaxObserver()
     if kind == "percentile":
         return PercentileObserver(percentile)
-    raise unknown("observer", kind, ("minmax", "percentile"))
+    if kind == "mse":
+        return MseObserver(qmax)
+    raise unknown("observer", kind, ("minmax", "percentile", "mse"))
 
 
 Key = tuple[str, Granularity]

@@ -76,10 +76,13 @@ class LayerObserver:
         self.layer, self.recipe = layer, recipe
         self.observers: dict[Key, Observer] = {}
         self._by_site: dict[str, list[Key]] = {}
-        for spec in layer.specs:
+        chosen = recipe.observers(layer.layer_idx)
+        # Where a carried site and its operand keep the same axes they share a range: the wider format's.
+        for spec in sorted(layer.specs, key=lambda s: -s.format.bits):
             key = (spec.site, spec.granularity)
             if not spec.bound and key not in self.observers:
-                self.observers[key] = make_observer(recipe.observer.kind, recipe.observer.percentile)
+                config = chosen[spec.site]
+                self.observers[key] = make_observer(config.kind, config.percentile, spec.format.qmax)
                 self._by_site.setdefault(spec.site, []).append(key)
         self.inputs = {name: MinMaxObserver() for name, p in layer.named_children() if getattr(p, "is_static", False)}
 
@@ -102,6 +105,8 @@ class LayerObserver:
             shared=self.layer.scheme.shared_rescale,
             power_of_two=self.recipe.requantize == "power_of_two",
             beta_max=self.layer.dims.beta_max,
+            headroom=self.layer.scheme.headroom,
+            proven=self.layer.scheme.plan.bounded,
         )
         for name, observer in self.inputs.items():
             fmt = getattr(self.layer, name).scheme.activation.format

@@ -10,12 +10,22 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .core import Granularity, IntFormat, ProjectionScheme, QDeltaNetError, RuleScheme, ScaleSource, SiteScheme, unknown
+from .core import (
+    ROTATIONS,
+    Granularity,
+    IntFormat,
+    ProjectionScheme,
+    QDeltaNetError,
+    RuleScheme,
+    ScaleSource,
+    SiteScheme,
+    unknown,
+)
 from .delta_rule import SITES, LayerScheme, rule_sites
 from .inverse import METHODS, Plan, plan
 
@@ -23,7 +33,20 @@ VERSION = 1
 ROLES = ("proj.qkv", "proj.z", "proj.out", "proj.a", "proj.b", "conv")
 Source = Literal["calibrated", "dynamic", "bound"]
 Kept = Literal["per_tensor", "per_head", "per_token", "per_channel", "finest"]
-OPTIONS = ("radices", "order", "band", "residual_steps")
+OPTIONS = (
+    "radices",
+    "join",
+    "diagonal",
+    "leaf",
+    "order",
+    "band",
+    "residual_steps",
+    "residual_sum",
+    "block",
+    "iterations",
+    "start",
+    "form",
+)
 
 
 class _Strict(BaseModel):
@@ -36,6 +59,24 @@ def _check_format(name: str | None) -> str | None:
     return name
 
 
+def _check_rotations(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in ROTATIONS:
+            raise unknown("rotation", name, ROTATIONS)
+    return tuple(r for r in ROTATIONS if r in names)
+
+
+Rotations = Annotated[tuple[str, ...], AfterValidator(_check_rotations)]
+
+
+class ObserverConfig(_Strict):
+    """Which observer proposes static ranges: the maximum, a percentile of |x| over everything that one scale covers, or
+    the range of least mean square error in the site's format."""
+
+    kind: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: float = Field(default=99.99, gt=0, le=100)
+
+
 class SiteConfig(_Strict):
     """One line of `sites`: what is not given is inherited from an earlier pattern."""
 
@@ -43,6 +84,7 @@ class SiteConfig(_Strict):
     scale: Source | None = None
     granularity: Kept | None = None
     carry: str | None = None
+    observer: ObserverConfig | None = None
 
     _formats = field_validator("format", "carry")(_check_format)
 
@@ -52,14 +94,23 @@ class InverseConfig(_Strict):
 
     method: str = "block_merge"
     radices: tuple[int, ...] | None = None
+    join: str | None = None
+    diagonal: str | None = None
+    leaf: int | None = None
     order: int | None = None
-    band: int | None = None
+    band: int | Literal["none"] | None = None
     residual_steps: int | None = None
+    residual_sum: str | None = None
+    block: int | None = None
+    iterations: int | None = None
+    start: str | None = None
+    form: str | None = None
     format: str = "int8"
     scale: Source = "calibrated"
     granularity: Kept = "per_head"
     carry: str | None = None
     rescale: Literal["per_register", "shared"] = "per_register"
+    headroom: float = Field(default=1.0, ge=1, le=16)
 
     _formats = field_validator("format", "carry")(_check_format)
 
@@ -72,13 +123,6 @@ class InverseConfig(_Strict):
     def plan(self, chunk_size: int) -> Plan:
         """Options of another method than the chosen one are refused."""
         return plan(self.method, chunk_size, **{k: getattr(self, k) for k in OPTIONS})
-
-
-class ObserverConfig(_Strict):
-    """Which observer proposes static ranges. percentile applies to |x| over everything one scale covers."""
-
-    kind: Literal["minmax", "percentile"] = "minmax"
-    percentile: float = Field(default=99.99, gt=0, le=100)
 
 
 class ProjectionConfig(_Strict):
@@ -101,6 +145,7 @@ class LayerConfig(_Strict):
     """Overrides for some layers: only what differs from the recipe. Keys as in the recipe itself."""
 
     chunk_size: int | None = None
+    rotate: Rotations | None = None
     sites: dict[str, SiteConfig] = {}
     inverse: dict[str, Any] = {}
     projections: dict[str, ProjectionConfig | None] = {}
@@ -116,6 +161,7 @@ class Recipe(_Strict):
     requantize: Literal["float", "fixed_point", "power_of_two"] = "float"
     accumulator_bits: Literal[32, 64] = 64
     decay: Literal["exp", "exp2"] = "exp"
+    rotate: Rotations = ()
     observer: ObserverConfig = ObserverConfig()
     sites: dict[str, SiteConfig] = {"*": SiteConfig(format="int8")}
     inverse: InverseConfig = InverseConfig()
@@ -147,20 +193,32 @@ class Recipe(_Strict):
     def layer(self, index: int) -> LayerScheme:
         """The scheme of decoder layer `index`. Raises QDeltaNetError for what does not resolve."""
         overrides = [o for key, o in self.layers.items() if fnmatchcase(str(index), key)]
-        inverse, chunk_size = self.inverse, self.chunk_size
+        inverse, chunk_size, rotate = self.inverse, self.chunk_size, self.rotate
         patterns: list[tuple[str, SiteConfig]] = list(self.sites.items())
         projections = dict(self.projections)
         for o in overrides:
             inverse = self._inverse(o, inverse)
             chunk_size = o.chunk_size or chunk_size
+            rotate = rotate if o.rotate is None else o.rotate
             patterns += o.sites.items()
             projections |= o.projections
         built = inverse.plan(chunk_size)
         sites = _site_schemes(built, patterns, inverse, other_plan=any(o.inverse for o in overrides))
         rule = None
         if any(s.format is not None for s in sites.values()):
-            rule = RuleScheme(sites, self.requantize, self.accumulator_bits, self.decay)
-        return LayerScheme(built, rule, _projection_schemes(projections), inverse.rescale == "shared")
+            rule = RuleScheme(sites, self.requantize, self.accumulator_bits, self.decay, frozenset(rotate))
+        return LayerScheme(built, rule, _projection_schemes(projections), inverse.rescale == "shared", inverse.headroom)
+
+    def observers(self, index: int) -> dict[str, ObserverConfig]:
+        """What proposes the static range of each site of decoder layer `index`."""
+        overrides = [o for key, o in self.layers.items() if fnmatchcase(str(index), key)]
+        names = rule_sites(self.layer(index).plan)
+        chosen = dict.fromkeys(names, self.observer)
+        for patterns in (self.sites, *(o.sites for o in overrides)):
+            for pattern, config in patterns.items():
+                if config.observer is not None:
+                    chosen |= dict.fromkeys(_named(pattern, names), config.observer)
+        return chosen
 
     def _inverse(self, override: LayerConfig, base: InverseConfig | None = None) -> InverseConfig:
         """A changed method drops the options of the one before."""
@@ -186,8 +244,7 @@ def _site_schemes(
     names = rule_sites(built)
     merged: dict[str, dict[str, Any]] = {n: dict(start) if n not in SITES else {} for n in names}
     for pattern, config in patterns:
-        in_inverse = pattern.startswith("inverse.")
-        hits = [n for n in names if fnmatchcase(n, pattern) and (n not in SITES) == in_inverse]
+        hits, in_inverse = _named(pattern, names), pattern.startswith("inverse.")
         if not hits and not (in_inverse and (other_plan or set(pattern) & set("*?["))):
             raise unknown("site", pattern, names)
         for name in hits:
@@ -196,6 +253,12 @@ def _site_schemes(
         if "format" not in values:
             raise QDeltaNetError(f"site {name} has no format; add it, or a pattern such as '*': {{format: int8}}")
     return {name: _scheme(values) for name, values in merged.items()}
+
+
+def _named(pattern: str, names: Iterable[str]) -> list[str]:
+    """Sites that a pattern names: registers of the inverse only where it starts with `inverse.`."""
+    in_inverse = pattern.startswith("inverse.")
+    return [n for n in names if fnmatchcase(n, pattern) and (n not in SITES) == in_inverse]
 
 
 def _scheme(values: Mapping[str, Any]) -> SiteScheme:
@@ -267,7 +330,7 @@ def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Set `inverse.residual_steps=4` in plain recipe data. Site names may hold dots: `sites.inverse.N4.format=int4`."""
+    """Set `inverse.residual_steps=4` in plain recipe data; site names may hold dots: `sites.inverse.L16.format=int4`."""
     path, equals, text = override.partition("=")
     parts = _split_path(path.strip().split("."))
     if not equals or not all(parts):

@@ -8,7 +8,18 @@ from qdeltanet.core import Granularity, QDeltaNetError
 from qdeltanet.delta_rule import SITES
 from qdeltanet.recipe import load_recipe, parse_recipe, shipped_recipes
 
-SHIPPED = {"float", "int8", "int16", "int4-inverse", "int4", "neumann-int8", "neumann-int16", "w8a8"}
+SHIPPED = {
+    "float",
+    "int8",
+    "int16",
+    "int3",
+    "int4",
+    "int4-inverse",
+    "int4-static",
+    "neumann-int8",
+    "neumann-int16",
+    "w8a8",
+}
 
 
 def test_recipes_that_ship_bind():
@@ -30,23 +41,26 @@ def test_resolved_yaml_is_the_same_recipe(tmp_path):
 
 def test_published_method():
     plan = load_recipe("neumann-int8").layer(0).plan
-    assert (plan.method, dict(plan.options)) == ("neumann", {"order": 3, "band": 3, "residual_steps": 8})
+    assert plan.method == "neumann"
+    assert plan.options.items() >= {"order": 3, "band": 3, "residual_steps": 8, "residual_sum": "doubled"}.items()
 
 
 def test_int4_is_finest_dynamic_and_carried():
-    bound = load_recipe("int4").layer(0).bound(32).sites
+    rule = load_recipe("int4").layer(0).bound(32)
+    bound = rule.sites
+    assert rule.rotate == {"qk"}
     assert bound["T"].granularity is Granularity.PER_TOKEN
     assert bound["v_new"].granularity is Granularity.PER_CHANNEL
     assert bound["state"].carry is not None
-    assert bound["inverse.N64"].carry is not None
+    assert all(s.carry is not None for name, s in bound.items() if name.startswith("inverse."))
     assert all(s.scale == "dynamic" and s.format is not None and s.format.bits == 4 for s in bound.values())
 
 
 def test_overrides():
     recipe = load_recipe("int8", ["inverse.radices=[4, 4, 4]"])
     assert recipe.layer(0).plan.options["radices"] == (4, 4, 4)
-    sites = load_recipe("int8", ["sites.inverse.N4.format=int4", "sites.q.format=int6"]).layer(0).bound(32).sites
-    assert (sites["inverse.N4"].format.bits, sites["q"].format.bits, sites["k"].format.bits) == (4, 6, 8)
+    sites = load_recipe("int8", ["sites.inverse.L16.format=int4", "sites.q.format=int6"]).layer(0).bound(32).sites
+    assert (sites["inverse.L16"].format.bits, sites["q"].format.bits, sites["k"].format.bits) == (4, 6, 8)
 
 
 def test_name_does_not_change_the_fingerprint_but_values_do():
@@ -55,12 +69,20 @@ def test_name_does_not_change_the_fingerprint_but_values_do():
     assert load_recipe("int8", ["chunk_size=32"]).fingerprint != recipe.fingerprint
 
 
+def test_rotations_by_layer():
+    recipe = load_recipe("int8", ["rotate=[v, qk]", "layers.2={rotate: []}", "layers.3={rotate: [v]}"])
+    rotate = [recipe.layer(i).bound(32, 32).rotate for i in (1, 2, 3)]
+    assert rotate == [{"qk", "v"}, set(), {"v"}]
+    assert recipe.rotate == ("qk", "v")
+    assert load_recipe("int8").layer(0).bound(24, 24).rotate == set()
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
         ("inverse.metod=neumann", "did you mean method"),
         ("inverse.method=neuman", "did you mean neumann"),
-        ("inverse.residual_steps=4", "unknown option of block_merge 'residual_steps'; known: radices"),
+        ("inverse.residual_steps=4", "unknown option of block_merge 'residual_steps'; known: diagonal, join, radices"),
         ("sites.v_bet.format=int4", "did you mean v_beta"),
         ("sites.q.formt=int4", "did you mean format"),
         ("sites.q.format=int99", "bits must be in 2..16"),
@@ -72,6 +94,7 @@ def test_name_does_not_change_the_fingerprint_but_values_do():
         ("layers.zero.chunk_size=32", "must be a layer index"),
         ("nonsense", "write it as key=value"),
         ("observer.kind=mean", "observer.kind"),
+        ("rotate=[kq]", "unknown rotation 'kq'; did you mean qk"),
     ],
 )
 def test_bad_overrides_name_the_thing(override, says):

@@ -38,7 +38,18 @@ from .quantize import (
     straight_through,
 )
 from .requantize import MODES, Mode, Result, Target, requantize
-from .scheme import Decay, ProjectionScheme, RuleScheme, ScaleSource, Side, SiteScheme, use_granularity, use_key
+from .rotation import hadamard, is_rotatable, rotate_state
+from .scheme import (
+    ROTATIONS,
+    Decay,
+    ProjectionScheme,
+    RuleScheme,
+    ScaleSource,
+    Side,
+    SiteScheme,
+    use_granularity,
+    use_key,
+)
 from .terms import Region, Term, multipliers, per_head, scaled_sum
 
 __all__ = [
@@ -50,6 +61,7 @@ __all__ = [
     "FLOAT64_EXACT",
     "INT32_LIMIT",
     "MODES",
+    "ROTATIONS",
     "TINY",
     "Arithmetic",
     "Backend",
@@ -91,7 +103,9 @@ __all__ = [
     "fake_quantize",
     "fit_scale",
     "grouped",
+    "hadamard",
     "held_in",
+    "is_rotatable",
     "log2_decay",
     "multipliers",
     "part_bound",
@@ -102,6 +116,7 @@ __all__ = [
     "relative_error",
     "repeat_heads",
     "requantize",
+    "rotate_state",
     "round_half_even",
     "saturate",
     "scaled_sum",

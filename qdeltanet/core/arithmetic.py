@@ -20,11 +20,14 @@ from .terms import Region, Term, place
 class Arithmetic(Protocol):
     """Five verbs; a dataflow written in them runs in float, fake quantization and integers.
 
-    decay: how the front end makes decay out of its logarithm.
+    decay: how the front end makes decay out of its logarithm. rotate: what it rotates (`RuleScheme.rotate`).
     """
 
     @property
     def decay(self) -> Decay: ...
+
+    @property
+    def rotate(self) -> frozenset[str]: ...
 
     def quantize(self, site: str, x: Tensor) -> Operand:
         """A float32 tensor [..., H, R, C] enters at a site."""
@@ -89,6 +92,7 @@ class FloatArithmetic:
     """Real numbers throughout: nothing is rounded to codes."""
 
     decay: Decay = "exp"
+    rotate: frozenset[str] = frozenset()
 
     def quantize(self, site: str, x: Tensor) -> Operand:
         return Operand(site, x)
@@ -179,10 +183,12 @@ class SiteArithmetic(FloatArithmetic):
 
 
 class ObservingArithmetic(SiteArithmetic):
-    """Float, with `observe(site, x, compact)` called on everything that enters a site."""
+    """Float, with `observe(site, x, compact)` called on everything that enters a site, as the scheme will meet it."""
 
-    def __init__(self, observe: Observe) -> None:
+    def __init__(self, observe: Observe, decay: Decay = "exp", rotate: frozenset[str] = frozenset()) -> None:
         self.observe = observe
+        self.decay: Decay = decay
+        self.rotate = rotate
 
     def enter(self, site: str, x: Tensor, compact: bool) -> Tensor:
         self.observe(site, x, compact)

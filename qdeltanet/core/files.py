@@ -48,11 +48,16 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step, in UTF-8. Raises QDeltaNetError if it cannot be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file's content in one step. Raises QDeltaNetError if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as e:
         raise QDeltaNetError(f"cannot write {path}: {e.strerror}") from e

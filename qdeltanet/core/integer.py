@@ -54,6 +54,10 @@ class IntegerArithmetic:
     def decay(self) -> Decay:
         return self.scheme.decay
 
+    @property
+    def rotate(self) -> frozenset[str]:
+        return self.scheme.rotate
+
     # -- the five verbs ------------------------------------------------------------------------------------------
 
     def quantize(self, site: str, x: Tensor) -> Operand:

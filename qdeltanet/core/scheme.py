@@ -13,6 +13,7 @@ from .requantize import Mode
 ScaleSource = Literal["calibrated", "bound", "dynamic"]
 Side = Literal["left", "right"]
 Decay = Literal["exp", "exp2"]
+ROTATIONS = ("qk", "v")
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class RuleScheme:
     """Everything the arithmetic of one layer's rule needs beside scales.
 
     sites: every site of the table and every register of the plan (`inverse.<register>`). accumulator_bits: of the
-    hardware; with 32, wide formats are multiplied byte by byte. decay: float32 exp, or core's integer exp2.
+    hardware; with 32, wide formats are multiplied byte by byte. decay: float32 exp, or core's integer exp2. rotate:
+    which of ROTATIONS the front end turns by a Hadamard matrix: q and k over K, v over V.
     """
 
     sites: Mapping[str, SiteScheme]
     requantize: Mode = "float"
     accumulator_bits: int = 64
     decay: Decay = "exp"
+    rotate: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from .binding import Dimensions, LayerScheme, ScaleSpec, bind, make_scales, scale_shape, scale_specs
 from .chunk import chunk_gated_delta_rule, run_front, run_rule
+from .cost import RuleCost, rule_cost
 from .front import Front, prepare
 from .recurrent import recurrent_gated_delta_rule
 from .sites import SITES, Site, rule_sites
@@ -11,6 +12,7 @@ __all__ = [
     "Dimensions",
     "Front",
     "LayerScheme",
+    "RuleCost",
     "ScaleSpec",
     "Site",
     "bind",
@@ -18,6 +20,7 @@ __all__ = [
     "make_scales",
     "prepare",
     "recurrent_gated_delta_rule",
+    "rule_cost",
     "rule_sites",
     "run_front",
     "run_rule",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,12 +21,13 @@ from ..core import (
     check_bound,
     check_product,
     coefficient_bits,
+    is_rotatable,
     power_of_two_ceil,
     product_bound,
     use_granularity,
     use_key,
 )
-from ..inverse import Plan
+from ..inverse import INPUT, OUTPUT, Plan, check_factors, site_of
 from .sites import CARRIED, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
 
 # Products of the rule: (name, left site, right site, contracted axis).
@@ -53,12 +54,15 @@ class ScaleSpec:
     bound: bool = False
 
 
-def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
+def bind(scheme: RuleScheme, plan: Plan, key_dim: int, value_dim: int | None = None) -> RuleScheme:
     """Resolve `finest` and prove every bound. Returns the scheme to run with.
 
-    key_dim: K, the axis that q, k, w and state products contract. Raises BindingError that names the site or step.
+    key_dim: K, the axis that q, k, w and state products contract. value_dim: V, which only a rotation asks about.
+    Raises BindingError that names the site or step.
     """
+    _check_rotation(scheme.rotate, key_dim, value_dim)
     sites = {site: _resolve(site, _scheme_of(scheme, site), plan, scheme.requantize) for site in rule_sites(plan)}
+    check_factors(plan, scheme.requantize)
     bound = replace(scheme, sites=sites)
     size = {"K": key_dim, "C": plan.chunk_size}
     for name, left, right, axis in PRODUCTS:
@@ -72,11 +76,15 @@ def bind(scheme: RuleScheme, plan: Plan, key_dim: int) -> RuleScheme:
     return bound
 
 
+def _check_rotation(rotate: frozenset[str], key_dim: int, value_dim: int | None) -> None:
+    for name, width in (("qk", key_dim), ("v", value_dim)):
+        if name in rotate and width is not None and not is_rotatable(width):
+            raise BindingError(f"rotate: {name}: a head dimension of {width} is no power of two; leave {name} out")
+
+
 def _site(plan: Plan, register: str) -> str:
-    """Site of a register; a copy of A is A."""
-    if register in ("A", "T"):
-        return register
-    return f"inverse.{register}" if register in plan.registers else "A"
+    """Site of a register; a copy is its source."""
+    return site_of(plan.source(register))
 
 
 def _scheme_of(scheme: RuleScheme, site: str) -> SiteScheme:
@@ -193,17 +201,24 @@ def make_scales(
     shared: bool = False,
     power_of_two: bool = False,
     beta_max: float = 1.0,
+    headroom: float = 1.0,
+    proven: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Static scales max(amax, 2^-100) / qmax, float32 [H or 1, R or 1, C or 1], by key.
 
-    amax: observed maxima by (site, granularity). shared: one range for all registers of the inverse (and A), as a
-    naive port would have. beta_max: the proven range of bound sites.
+    amax: observed maxima by (site, granularity). shared: one range for A, T and all registers of the inverse. beta_max:
+    the proven range of bound sites. headroom: factor on the observed ranges of A, T and registers, for what calibration
+    has not seen; a range of the `proven` registers is not taken beyond beta_max.
     """
     ranges = {}
     for spec in specs:
         ranges[spec.key] = torch.full((1, 1, 1), beta_max) if spec.bound else amax[spec.site, spec.granularity]
+    inverse = {s.key: s.site for s in specs if not s.bound and (is_register(s.site) or s.site in (INPUT, OUTPUT))}
     if shared:
-        ranges |= _shared([s.key for s in specs if is_register(s.site) or s.site in ("A", "T")], ranges)
+        ranges |= _shared(list(inverse), ranges)
+    if headroom > 1:
+        limit = {key: beta_max for key, site in inverse.items() if site.removeprefix("inverse.") in proven}
+        ranges |= {key: _widened(ranges[key], headroom, limit.get(key, float("inf"))) for key in inverse}
     scales = {}
     for spec in specs:
         scale = _alive(ranges[spec.key].to(torch.float32)).clamp(min=TINY) / spec.format.qmax
@@ -220,6 +235,11 @@ def _alive(amax: Tensor) -> Tensor:
     return torch.where(amax > 0, amax, amax.amax((-1, -2), keepdim=True))
 
 
+def _widened(amax: Tensor, headroom: float, limit: float) -> Tensor:
+    """headroom times the range, but not beyond a proven limit (which float32 may have met by a rounding more)."""
+    return torch.minimum(headroom * amax, amax.clamp(min=limit))
+
+
 def _shared(keys: list[str], ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One range per head over all the given keys."""
     heads = max((ranges[key].shape[0] for key in keys), default=1)
@@ -231,16 +251,18 @@ def _shared(keys: list[str], ranges: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class LayerScheme:
     """What one Gated DeltaNet layer runs: the inverse's plan, the sites' schemes, the projections.
 
-    rule: None leaves the rule in floating point. shared_rescale: one scale for all registers of the inverse.
+    rule: None leaves the rule in floating point. shared_rescale: one scale for A, T and all registers of the inverse.
+    headroom: of their calibrated ranges (`make_scales`).
     """
 
     plan: Plan
     rule: RuleScheme | None
     projections: Mapping[str, ProjectionScheme] = field(default_factory=dict)
     shared_rescale: bool = False
+    headroom: float = 1.0
 
-    def bound(self, key_dim: int) -> RuleScheme:
-        """The rule's scheme bound to this plan and head dimension. Raises BindingError."""
+    def bound(self, key_dim: int, value_dim: int | None = None) -> RuleScheme:
+        """The rule's scheme bound to this plan and head dimensions. Raises BindingError."""
         if self.rule is None:
             raise BindingError("this recipe leaves the rule in float: execute it as float")
-        return bind(self.rule, self.plan, key_dim)
+        return bind(self.rule, self.plan, key_dim, value_dim)

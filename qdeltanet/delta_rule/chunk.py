@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Arithmetic, FloatArithmetic, Operand, QDeltaNetError, Term, check_codes
+from ..core import Arithmetic, FloatArithmetic, Operand, QDeltaNetError, Term, check_codes, hadamard, rotate_state
 from ..inverse import Plan, run_steps
 from ..inverse import plan as make_plan
 from .front import Front, check_inputs, prepare
@@ -37,7 +37,7 @@ def chunk_gated_delta_rule(
         query, key: [B, T, HK, K]. value: [B, T, H, V], H a multiple of HK (consecutive value heads share a key head).
         g: log decay <= 0, [B, T, H]. beta: write strength, [B, T, H].
         chunk_size: tokens per triangular system; 1 is the decode step.
-        initial_state: [B, H, K, V] or None for zeros.
+        initial_state: [B, H, K, V] or None for zeros; it and the final state are never in a rotated basis.
         use_qk_l2norm_in_kernel: L2-normalise query and key in float32 first.
         arithmetic: FloatArithmetic (default) or an IntegerArithmetic bound to scales.
         plan: the inverse's plan for this chunk size (default block_merge).
@@ -51,12 +51,14 @@ def chunk_gated_delta_rule(
         raise QDeltaNetError("cu_seqlens: packed sequences are not supported; pad them and pass an attention mask")
     arithmetic = arithmetic or FloatArithmetic()
     plan = plan or make_plan("block_merge", chunk_size)
-    state = None if initial_state is None else arithmetic.quantize("state", initial_state.to(torch.float32))
+    state = None
+    if initial_state is not None:
+        state = arithmetic.quantize("state", rotate_state(initial_state.to(torch.float32), arithmetic.rotate))
     inputs = (query, key, value, g, beta)
     output, final = run_rule(
         *inputs, state, arithmetic=arithmetic, plan=plan, normalise=use_qk_l2norm_in_kernel, chunk_size=chunk_size
     )
-    return output.to(query.dtype), final.real() if output_final_state else None
+    return output.to(query.dtype), rotate_state(final.real(), arithmetic.rotate) if output_final_state else None
 
 
 def run_rule(
@@ -78,7 +80,8 @@ def run_rule(
     chunk_block: chunks handled at once. It bounds the memory of a call beside its inputs and its output, and changes
     no result; None chooses.
 
-    Returns float32 output [B, T, H, V] and the state operand [B, H, K, V].
+    Returns float32 output [B, T, H, V] and the state operand [B, H, K, V]. Where the arithmetic rotates, the operand
+    is in the rotated basis, and a state given must be.
     """
     check_inputs(query, key, value, g, beta)
     if plan.chunk_size != chunk_size:
@@ -95,7 +98,7 @@ def run_rule(
     for start in range(0, tokens, size):
         stop = start + size
         q, k, v, decay, write = (x[:, start:stop] for x in (query, key, value, g, beta))
-        front = prepare(q, k, v, decay, write, chunk_size, normalise, arithmetic.decay)
+        front = prepare(q, k, v, decay, write, chunk_size, normalise, arithmetic.decay, arithmetic.rotate)
         state = _scan(front, state, arithmetic, plan, output[:, start // chunk_size :])
     return output.flatten(1, 2)[:, :tokens], state
 
@@ -133,7 +136,8 @@ def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan, output: Tens
 
     for n in range(front.q.shape[0]):
         v_new = ar.store("v_new", [ar.product(w[n], state, sign=-1), *(term[n] for term in u)])
-        output[:, n] = ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)]).transpose(1, 2)
+        o = ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)])
+        output[:, n] = (hadamard(o) if "v" in front.rotate else o).transpose(1, 2)
         carried = ar.addend(state, coefficient=front.chunk_decay[n])
         state = ar.store("state", [ar.product(k_decay[n].mT, v_new), carried])
     return state

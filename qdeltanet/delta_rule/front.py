@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Decay, QDeltaNetError, difference_decay, log2_decay, per_head
+from ..core import Decay, QDeltaNetError, difference_decay, hadamard, log2_decay, per_head
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Front:
 
     q, k: [N, B, HK, C, K]; v_beta: [N, B, H, C, V]; k_beta, q_decay, k_decay: [N, B, H, C, K];
     write_decay (beta_i D_ij below the diagonal), pairwise_decay: [N, B, H, C, C]; chunk_decay: [N, B, H, 1, 1].
+    rotate: what is in the rotated basis (`RuleScheme.rotate`), and the state with it; the output's is undone.
     """
 
     q: Tensor
@@ -29,10 +30,12 @@ class Front:
     write_decay: Tensor
     pairwise_decay: Tensor
     chunk_decay: Tensor
+    rotate: frozenset[str] = frozenset()
 
     def to(self, device: torch.device | str) -> Front:
         """The same numbers on another device: what floats were made here is not made again there."""
-        return Front(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rotate"}
+        return Front(**tensors, rotate=self.rotate)
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -69,16 +72,21 @@ def prepare(
     chunk_size: int,
     normalise: bool,
     decay: Decay = "exp",
+    rotate: frozenset[str] = frozenset(),
 ) -> Front:
     """Everything float that depends on one chunk only. Arguments as `chunk_gated_delta_rule`.
 
-    decay: `exp` in float32, or `exp2`, core's integer one on int32 log2 decay.
+    decay: `exp` in float32, or `exp2`, core's integer one on int32 log2 decay. rotate: q and k after normalisation (A
+    and attn are products of two of them and stay what they are), v before beta. Raises QDeltaNetError for a width that
+    cannot be rotated.
     """
     if normalise:
         query, key = l2norm(query.float()), l2norm(key.float())
     q = _chunked(query, chunk_size) * query.shape[-1] ** -0.5
     k = _chunked(key, chunk_size)
     v = _chunked(value, chunk_size)
+    q, k = (hadamard(q), hadamard(k)) if "qk" in rotate else (q, k)
+    v = hadamard(v) if "v" in rotate else v
     beta_ = _chunked(beta.unsqueeze(-1), chunk_size)
     cum_decay = _chunked(g.unsqueeze(-1), chunk_size).cumsum(dim=-2)  # [N, B, H, C, 1]
     exp: Callable[[Tensor], Tensor] = torch.exp
@@ -98,6 +106,7 @@ def prepare(
         write_decay=(pairwise_decay * beta_).tril(-1),
         pairwise_decay=pairwise_decay,
         chunk_decay=exp(last),
+        rotate=rotate,
     )
 
 

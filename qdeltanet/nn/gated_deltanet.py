@@ -38,7 +38,8 @@ class GatedDeltaNet(nn.Module):
 
     parts: the float layer's own sub-modules and parameters by their names (in_proj_qkv, in_proj_z, in_proj_b,
     in_proj_a, conv1d, A_log, dt_bias, norm, out_proj). execution: `float`, `fake` or `integer`; `observe` is float with
-    an observer at every site. The state is cached as codes of its site with their scale.
+    an observer at every site, and the scheme's decay and rotations. The state is cached as codes of its site with their
+    scale, in the rotated basis where the scheme rotates (`float` never does).
     """
 
     in_proj_qkv: nn.Module
@@ -67,7 +68,7 @@ class GatedDeltaNet(nn.Module):
             name = role_names[role]
             linear = getattr(self, name)
             setattr(self, name, QuantLinear(linear.in_features, linear.out_features, projection, linear))
-        self.bound = None if scheme.rule is None else scheme.bound(dims.key_dim)
+        self.bound = None if scheme.rule is None else scheme.bound(dims.key_dim, dims.value_dim)
         self.specs: list[ScaleSpec] = [] if self.bound is None else scale_specs(self.bound, scheme.plan)
         self.scales = Scales({spec.key: scale_shape(spec, dims, scheme.plan.chunk_size) for spec in self.specs})
         self.decode_plan = make_plan("identity", 1)
@@ -104,7 +105,8 @@ class GatedDeltaNet(nn.Module):
 
     def _make_arithmetic(self) -> Arithmetic:
         if self.execution == "observe" and self.observe is not None:
-            return ObservingArithmetic(self.observe)
+            rule = self.scheme.rule
+            return ObservingArithmetic(self.observe, *(() if rule is None else (rule.decay, rule.rotate)))
         if self.execution in ("float", "observe") or self.bound is None:
             return FloatArithmetic()
         backend = backend_for(self.execution, self.backend_name, self.A_log.device)
@@ -179,7 +181,8 @@ class GatedDeltaNet(nn.Module):
 def pack_state(state: Operand) -> Tensor:
     """A state [B, H, K, V] for a cache that holds one float32 tensor per layer: codes, then a last row of scales.
 
-    Real-valued states are stored as they are.
+    Real-valued states are stored as they are. Either stays in the basis in which the rule holds it: codes of a rotated
+    state cannot be turned back without rounding them again, and every reader of a cache runs the same scheme.
     """
     if state.scale is None:
         return state.codes

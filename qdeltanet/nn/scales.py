@@ -26,7 +26,7 @@ class Float32Buffers(nn.Module):
 
 
 class Scales(Float32Buffers):
-    """Buffers by site: `scales.q`, `scales.inverse.N4`, `scales.state/right`; float32 [H or 1, R or 1, C or 1]."""
+    """Buffers by site: `scales.q`, `scales.inverse.L16`, `scales.state/right`; float32 [H or 1, R or 1, C or 1]."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ def test_power_of_two_scales(random_model):
 def test_bound_scales_need_no_data(random_model):
     model = random_model()
     scales = calibrate(model, load_recipe("int16"), samples()).scales
-    assert scales["layers.0.inverse.N64"].item() == pytest.approx(1 / 32639)
+    assert scales["layers.0.inverse.Q64_32"].item() == pytest.approx(1 / 32639)
 
 
 def test_nan_names_layer_and_site(random_model):

@@ -56,7 +56,7 @@ def test_groups_have_the_shape_of_the_scale():
 
 def test_errors():
     with pytest.raises(QDeltaNetError, match="did you mean minmax"):
-        make_observer("minmx", 99.0)
+        make_observer("minmx", 99.0, 127)
     with pytest.raises(QDeltaNetError, match="calibration set is empty"):
         MinMaxObserver().amax()
     with pytest.raises(QDeltaNetError, match="percentile observer needs per_tensor or per_head"):

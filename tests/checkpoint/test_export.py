@@ -75,7 +75,7 @@ def test_what_is_in_a_checkpoint(exported):
     assert len(integer) == 9  # three projections in three layers
     assert not any(k.endswith("weight") for k in integer)
     assert not any("original" in k or k == "lm_head.weight" for k in tensors)
-    assert tensors["model.layers.0.linear_attn.scales.inverse.N64"].shape == (4, 1, 1)
+    assert tensors["model.layers.0.linear_attn.scales.inverse.Q64_32"].shape == (4, 1, 1)
 
 
 def rewrite(checkpoint: Path, change, keep_digest: bool = True) -> None:

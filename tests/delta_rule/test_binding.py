@@ -14,7 +14,8 @@ from qdeltanet.delta_rule.binding import ScaleSpec
 from qdeltanet.inverse import Plan, plan
 
 INT4, INT8, INT16 = IntFormat(4), IntFormat(8), IntFormat(16)
-RADIX2, RADIX4 = plan(), plan("block_merge", 64, radices=[4, 4, 4])
+RADIX2 = plan("block_merge", 64, radices=[2] * 6)
+RADIX4 = plan("block_merge", 64, radices=[4, 4, 4], join="powers")
 
 
 def refused(message: str, p: Plan = RADIX2, **sites: SiteScheme) -> None:

@@ -102,6 +102,6 @@ def test_a_missing_site_is_named() -> None:
     from qdeltanet.core import BindingError
 
     p = plan("block_merge", 16)
-    sites = {s: SiteScheme(IntFormat(8)) for s in rule_sites(p) if s != "inverse.N8"}
-    with pytest.raises(BindingError, match=r"site inverse\.N8 has no scheme"):
+    sites = {s: SiteScheme(IntFormat(8)) for s in rule_sites(p) if s != "inverse.Q16_8"}
+    with pytest.raises(BindingError, match=r"site inverse\.Q16_8 has no scheme"):
         bind(RuleScheme(sites), p, 16)
