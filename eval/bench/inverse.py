@@ -11,6 +11,7 @@ from torch import Tensor
 from ...backends import backend_status, get_backend
 from ...conformance.inputs import Inputs
 from ...core import (
+    TINY,
     FloatArithmetic,
     Granularity,
     IntegerArithmetic,
@@ -82,7 +83,7 @@ def integer_inverse(A: Tensor, p: Plan, device: str, backend: str, bits: int = 8
     amax["A"] = float(A.abs().amax())
     fmt = IntFormat(bits)
     sites = ["A", "T", *(site_of(r) for r in p.registers)]
-    scales = {s: torch.full((A.shape[1], 1, 1), amax[s] / fmt.qmax, device=device) for s in sites}
+    scales = {s: torch.full((A.shape[1], 1, 1), max(amax[s], TINY) / fmt.qmax, device=device) for s in sites}
     scheme = RuleScheme(dict.fromkeys(sites, SiteScheme(fmt, "calibrated", Granularity.PER_HEAD)))
     arithmetic = IntegerArithmetic(scheme, scales, get_backend(backend, device))
     return arithmetic, arithmetic.quantize("A", A)
