@@ -12,7 +12,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from ._cli_bench_lab import bench_cost, bench_stability, bench_variants
 from ._cli_hardware import bench, selftest
+from ._cli_lab import inspect_command, sensitivity_command
+from ._cli_search import search_command
 from ._console import Backend, Device, Dtype, Json, Model, Output, Overwrite, Quiet, Set, bar, err, out, say, table
 
 app = typer.Typer(
@@ -253,19 +256,23 @@ def export(
 
 @app.command(epilog="Example: qdeltanet ls")
 def ls(json_file: Json = None) -> None:
-    """List recipes, inverse methods, sites, backends, embedded models and data."""
+    """List recipes, inverse methods, families of A, sites, backends, hardware profiles, embedded models and data."""
     from .backends import backend_names, backend_status
     from .core.files import write_text
     from .delta_rule import SITES
     from .eval.embedded import DATASETS, MODELS
     from .inverse import METHODS
+    from .inverse.families import FAMILIES
+    from .profile import load_profile, shipped_profiles
     from .recipe import load_recipe, shipped_recipes
 
     listed = {
         "recipes": {name: load_recipe(name).description for name in shipped_recipes()},
         "methods": {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in METHODS.items()},
+        "families": {f.name: f.description for f in FAMILIES.values()},
         "sites": {s.name: f"{s.formula} {s.shape}" for s in SITES.values()},
         "backends": {name: _availability(*backend_status(name)) for name in backend_names()},
+        "profiles": {name: load_profile(name).description for name in shipped_profiles()},
         "models": {name: str(path) for name, path in MODELS.items()},
         "datasets": {name: str(path) for name, path in DATASETS.items()},
     }
@@ -283,13 +290,24 @@ def _availability(available: bool, reason: str) -> str:
 
 
 app.command("selftest", epilog="Example: qdeltanet selftest --backend cpu --json selftest.json")(selftest)
+app.command("inspect", epilog="Example: qdeltanet inspect tiny-recall --dataset recall --matrices A.safetensors")(
+    inspect_command
+)
+app.command("sensitivity", epilog="Example: qdeltanet sensitivity tiny-hybrid --recipe int4-static")(
+    sensitivity_command
+)
+bench.command("stability", epilog="Example: qdeltanet bench stability --chunk-size 64 --json map.json")(bench_stability)
+bench.command("variants", epilog="Example: qdeltanet bench variants --chunk-size 64")(bench_variants)
+bench.command("cost", epilog="Example: qdeltanet bench cost --chunk-size 64 --json order.json")(bench_cost)
+app.command("search", epilog="Example: qdeltanet search tiny-recall --budget 0.4% --output found.yaml")(search_command)
 app.add_typer(bench, name="bench")
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interrupt 130, never a traceback for either."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "bench" not in sys.argv[1:2]:  # read when torch loads: spinning threads are fast alone, and stall a busy machine
+    timed = sys.argv[1:2] == ["bench"] and sys.argv[2:3] not in (["stability"], ["variants"])
+    if not timed:  # read when torch loads: spinning threads are fast alone, and stall a busy machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):

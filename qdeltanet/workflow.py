@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .calib import calibrate, load_samples
+from .calib import Sensitivity, calibrate, load_samples, sensitivity
+from .calib.data import Samples
 from .checkpoint import Calibration, export_checkpoint, load_calibration
 from .core import QDeltaNetError, sqnr, unknown
 from .core.files import whole_directory
@@ -31,6 +32,7 @@ Progress = Callable[[int, int], None]
 
 # The calibration set of each embedded model and the length of its sequences.
 EMBEDDED_DATA = {"tiny-recall": ("recall", 128), "tiny-hybrid": ("bytes", 512)}
+RECALL_ANSWERS = slice(33, None, 2)  # 16 pairs, then queries with their answers
 DEMO_ROWS = ("float", "T=I", "neumann-int8", "int8", "int4-inverse", "int4")
 DEMO_QUERIES = 4096
 
@@ -59,6 +61,21 @@ def run_calibration(
 
     backend: execute the first batch there afterwards; the report then says how far its logits are from float.
     """
+    if batch_size < 1:
+        raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
+    data = samples_for(model_name, dataset, samples, seq_len, text_column)
+    model = load_model(model_path(model_name), dtype, device)
+    done = calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
+    if backend is None or recipe.is_float:
+        return done
+    execution = _executed(model, data.tokens[:batch_size].to(model.device), backend)
+    return Calibration(done.recipe, done.scales, {**done.report, "execution": execution})
+
+
+def samples_for(
+    model_name: str, dataset: str | None, samples: int, seq_len: int | None, text_column: str | None = None
+) -> Samples:
+    """Sequences for a model; dataset and seq_len default to those of an embedded model. Raises QDeltaNetError."""
     default, length = EMBEDDED_DATA.get(model_name, (None, 512))
     name = dataset or default
     if name is None:
@@ -67,17 +84,35 @@ def run_calibration(
         )
     if name not in DATASETS and difflib.get_close_matches(name, DATASETS):
         raise unknown("dataset", name, DATASETS)
-    if batch_size < 1:
-        raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
-    path = model_path(model_name)
-    tokenizer = load_tokenizer(path)
-    data = load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
-    model = load_model(path, dtype, device)
-    done = calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
-    if backend is None or recipe.is_float:
-        return done
-    execution = _executed(model, data.tokens[:batch_size].to(model.device), backend)
-    return Calibration(done.recipe, done.scales, {**done.report, "execution": execution})
+    tokenizer = load_tokenizer(model_path(model_name))
+    return load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
+
+
+def run_sensitivity(
+    model_name: str,
+    recipe: Recipe,
+    *,
+    dataset: str | None = None,
+    samples: int = 32,
+    seq_len: int | None = None,
+    text_column: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Sensitivity]:
+    """Calibrate on some sequences, then run them with each site alone quantized as the recipe has it.
+
+    Of the embedded recall task only the answers count: the tokens between are random. Raises QDeltaNetError as
+    `run_calibration` and `sensitivity`.
+    """
+    data = samples_for(model_name, dataset, samples, seq_len, text_column)
+    model = load_model(model_path(model_name), dtype, device)
+    calibrate(model, recipe, data, model_name=model_name).apply(model)
+    counted = torch.ones_like(data.tokens, dtype=torch.bool)
+    if data.name == dataset_path("recall"):
+        counted[:] = False
+        counted[:, RECALL_ANSWERS] = True
+    return sensitivity(model, recipe, data.tokens.to(model.device), counted=counted.to(model.device), progress=progress)
 
 
 def _executed(model: Any, tokens: Tensor, backend: str) -> dict[str, Any]:

@@ -25,13 +25,25 @@ ALLOWED["inverse"] = {"core"}
 ALLOWED["backends"] = {"core", "inverse"}
 ALLOWED["delta_rule"] = {"core", "inverse"}
 ALLOWED["recipe"] = {"core", "inverse", "delta_rule", "recipes"}
+ALLOWED["profile"] = {"core", "inverse", "recipes"}
 ALLOWED["conformance"] = {"core", "inverse", "delta_rule"}
 ALLOWED["nn"] = ALLOWED["recipe"] | {"recipe", "backends"}
 ALLOWED["models"] = ALLOWED["nn"] | {"nn"}
 ALLOWED["checkpoint"] = ALLOWED["models"] | {"models"}
-ALLOWED["calib"] = ALLOWED["checkpoint"] | {"checkpoint"}
-ALLOWED["eval"] = ALLOWED["checkpoint"] | {"checkpoint", "conformance"}
-TOP = {"", "cli", "_cli_hardware", "_console", "workflow", "_hook", "__main__"}
+ALLOWED["calib"] = ALLOWED["checkpoint"] | {"checkpoint", "profile"}
+ALLOWED["eval"] = ALLOWED["calib"] | {"conformance"}
+TOP = {
+    "",
+    "cli",
+    "_cli_hardware",
+    "_cli_lab",
+    "_cli_bench_lab",
+    "_cli_search",
+    "_console",
+    "workflow",
+    "_hook",
+    "__main__",
+}
 
 # Who may import a third-party package; `torch` alone is for everybody.
 ONLY_IN = {
@@ -42,7 +54,7 @@ ONLY_IN = {
     "accelerate": {"models", "eval"},
     "triton": {"backends"},
     "torch_npu": {"backends"},
-    "typer": {"cli", "_cli_hardware", "_console"},
+    "typer": {"cli", "_cli_hardware", "_cli_lab", "_cli_bench_lab", "_cli_search", "_console"},
 }
 TORCH_ONLY = ("core", "inverse", "delta_rule")
 

@@ -1,0 +1,73 @@
+"""What has been measured so far, on disk after each measurement: a search that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...core import QDeltaNetError
+from ...core.files import write_text
+
+VERSION = 1
+
+
+def digest(content: Any) -> str:
+    """sha256 over data as canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """Measurements by name. request: all that they depend on; path None keeps nothing.
+
+    Raises QDeltaNetError if the file holds another request and may not be overwritten, or is damaged, or cannot be
+    written.
+    """
+
+    def __init__(self, path: Path | None, request: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path, self.request = path, dict(request)
+        self.measured: dict[str, Any] = {}
+        there = None if path is None or not path.exists() else self._read(path, overwrite)
+        if there is not None and there["key"] == self.key:
+            self.measured = there["measured"]
+        elif there is not None and not overwrite:
+            raise QDeltaNetError(
+                f"{path} is of another search ({_difference(there['request'], self.request)}): pass --overwrite to "
+                "replace it, or name another --output"
+            )
+        self.write()
+
+    @property
+    def key(self) -> str:
+        return digest(self.request)
+
+    def measure(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is recorded under a name, or made (plain data) and recorded now."""
+        if name not in self.measured:
+            # As it will be read back, so that a resumed search sees the same numbers.
+            self.measured[name] = json.loads(json.dumps(make()))
+            self.write()
+        return self.measured[name]
+
+    def write(self) -> None:
+        content = {"version": VERSION, "key": self.key, "request": self.request, "measured": self.measured}
+        if self.path is not None:
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+    @staticmethod
+    def _read(path: Path, overwrite: bool) -> dict[str, Any] | None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["key"], content["request"], content["measured"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            if overwrite:
+                return None
+            raise QDeltaNetError(f"{path}: no record of a search ({e}); pass --overwrite to start anew") from e
+        return dict(content)
+
+
+def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    names = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
+    return ", ".join(names) + " differ" + ("s" if len(names) == 1 else "")
