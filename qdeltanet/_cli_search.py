@@ -155,11 +155,10 @@ def _adapt(
 
     found = adapt_neumann(family(name).matrices(Shape(4, 16, chunk_size), seed), machine, error, number)
     steps = sorted({p.residual_steps for p in found.grid})
-    orders = tuple(f"{what}, order {o}" for o in sorted({p.order for p in found.grid}) for what in ("error", "ns"))
-    made = table(f"neumann on {name}, chunks of {chunk_size}, {number}: worst error of T", ("steps",), orders)
+    orders = tuple(f"N = {o}" for o in sorted({p.order for p in found.grid}))
+    made = table(f"neumann on {name}, chunks of {chunk_size}, {number}: worst error of T (ns)", ("steps",), orders)
     for s in steps:
-        cells = [(f"{p.worst:.2g}", f"{p.cost:.0f}") for p in found.grid if p.residual_steps == s]
-        made.add_row(str(s), *(text for pair in cells for text in pair))
+        made.add_row(str(s), *(f"{p.worst:.2g} ({p.cost:.0f})" for p in found.grid if p.residual_steps == s))
     out.print(made)
     best = found.best
     line = f"no pair keeps the worst error of T within {error:g}" if best is None else (

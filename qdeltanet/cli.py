@@ -312,6 +312,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from .core.errors import QDeltaNetError
 
     try:

@@ -330,7 +330,7 @@ def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Set `inverse.residual_steps=4` in plain recipe data; site names may hold dots: `sites.inverse.L16.format=int4`."""
+    """Set `inverse.residual_steps=4` in plain recipe data. Site names hold dots: `sites.inverse.L16.format=int4`."""
     path, equals, text = override.partition("=")
     parts = _split_path(path.strip().split("."))
     if not equals or not all(parts):
