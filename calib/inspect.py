@@ -82,6 +82,11 @@ def capture(
             raise QDeltaNetError(f"{name} {value}: must be at least 1")
     recipe = load_recipe("float", [f"chunk_size={chunk_size}"])
     layers = delta_net_layers(model) or quantize_model(model, recipe)
+    own = {index: x.scheme.plan.chunk_size for index, x in layers.items() if x.scheme.plan.chunk_size != chunk_size}
+    if own:
+        raise QDeltaNetError(
+            f"chunk size {chunk_size}: the model is quantized with {min(own.values())}; inspect it with that"
+        )
     if layer is not None and layer not in layers:
         known = ", ".join(map(str, layers))
         raise QDeltaNetError(f"layer {layer} is no Gated DeltaNet; layers are {known}")

@@ -102,7 +102,7 @@ class MseObserver:
         values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
         bins = ((values.view(torch.int32) >> self.SHIFT) - self.LOWEST).clamp(0, self.BINS - 1)
         flat = (bins.long() + torch.arange(n, device=bins.device) * self.BINS).flatten()
-        counts = torch.bincount(flat, minlength=n * self.BINS).view(*shape, self.BINS).to(torch.int32)
+        counts = torch.bincount(flat, minlength=n * self.BINS).view(*shape, self.BINS)
         self._counts = counts if self._counts is None else self._counts + counts
 
     def amax(self) -> Tensor:

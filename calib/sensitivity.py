@@ -23,24 +23,26 @@ REGISTERS = "inverse.*"
 EVERYTHING = "*"
 FLOAT = SiteScheme(None)
 IGNORED = -100  # cross_entropy's own
+MOST_NATS = 700.0  # whose exponential float64 holds
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """One row. site: a site, `inverse.*` for all registers at once, or `*` for the whole recipe.
 
-    nll: nats per token, next to float_nll; ratio: of perplexities, exp(nll - float_nll). sqnr_db: of the logits against
-    float's, None where they are equal.
+    nll: nats per token, next to float_nll; ratio: of perplexities, exp(nll - float_nll), infinite beyond float64.
+    sqnr_db: of the logits against float's, infinite where they are equal.
     """
 
     site: str
     nll: float
     float_nll: float
     ratio: float
-    sqnr_db: float | None
+    sqnr_db: float
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON: None for what is not finite."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def sensitivity(
@@ -110,7 +112,8 @@ def _measured(
     signal = sum(float(e.double().square().sum()) for e in expected)
     noise = sum(float((e.double() - f.double()).square().sum()) for e, f in zip(expected, found, strict=True))
     db = sqnr_from_energy(signal, noise)
-    return Sensitivity(name, nll, base, math.exp(nll - base), round(db, 3) if math.isfinite(db) else None)
+    ratio = math.exp(nll - base) if nll - base < MOST_NATS else math.inf
+    return Sensitivity(name, nll, base, ratio, round(db, 3) if math.isfinite(db) else db)
 
 
 def only(scheme: RuleScheme, name: str) -> RuleScheme:

@@ -115,7 +115,7 @@ def sensitivity_command(
         f"{model}, {recipe}: one site alone; * is all of them", ("site",), ("nats / token", "ppl ratio", "SQNR dB")
     )
     for r in rows:
-        sqnr = "exact" if r.sqnr_db is None else f"{r.sqnr_db:.1f}"
+        sqnr = "exact" if r.sqnr_db == float("inf") else f"{r.sqnr_db:.1f}"
         made.add_row(r.site, f"{r.nll - r.float_nll:+.5f}", f"{r.ratio:.4f}", sqnr)
     out.print(made)
     if json_file is not None:

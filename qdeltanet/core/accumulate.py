@@ -40,7 +40,7 @@ def split_bytes(codes: Tensor) -> tuple[Tensor, Tensor]:
     """(high, low) with codes = 256 high + low, both in [-128, 127]; any |code| <= 32639 = qmax of INT16.
 
     >>> split_bytes(torch.tensor([32639, -32639, 200]))
-    (tensor([127, -127, 1]), tensor([127, -127, -56]))
+    (tensor([ 127, -127,    1]), tensor([ 127, -127,  -56]))
     """
     high = torch.floor_divide(codes + 128, 256)
     return high, codes - 256 * high

@@ -1,4 +1,4 @@
-"""The Hadamard rotation of the last axis, in float32 additions only: the same bits on every device and batch shape."""
+"""The Hadamard rotation of the last axis: additions in a fixed order and one factor, the same bits on every device."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def make_scales(
 
     amax: observed maxima by (site, granularity). shared: one range for A, T and all registers of the inverse. beta_max:
     the proven range of bound sites. headroom: factor on the observed ranges of A, T and registers, for what calibration
-    has not seen; a range of the `proven` registers is not taken beyond beta_max.
+    has not seen; a range of the `proven` registers is not taken beyond beta_max (a shared one if all are proven).
     """
     ranges = {}
     for spec in specs:
@@ -218,6 +218,7 @@ def make_scales(
         ranges |= _shared(list(inverse), ranges)
     if headroom > 1:
         limit = {key: beta_max for key, site in inverse.items() if site.removeprefix("inverse.") in proven}
+        limit = {} if shared and limit.keys() != inverse.keys() else limit
         ranges |= {key: _widened(ranges[key], headroom, limit.get(key, float("inf"))) for key in inverse}
     scales = {}
     for spec in specs:

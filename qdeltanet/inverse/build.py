@@ -16,7 +16,7 @@ def plan(method: str = "block_merge", chunk_size: int = 64, **options: Any) -> P
     """Build the plan of a method. Options that are None take the method's default.
 
     >>> plan("block_merge", 64).depth, plan("neumann", 64, residual_steps=8).matmuls
-    (10, 7)
+    (7, 7)
 
     chunk_size 1 gives the empty plan for every method. Raises QDeltaNetError for an unknown method or option (with the
     nearest names), or a chunk size that is no power of two.

@@ -15,9 +15,11 @@ from qdeltanet.checkpoint import read_tensors
 from qdeltanet.cli import app
 from qdeltanet.core import QDeltaNetError
 from qdeltanet.delta_rule.laboratory import exact_inverse
+from qdeltanet.eval.embedded import model_path
 from qdeltanet.inverse.families import FAMILIES, Shape
 from qdeltanet.inverse.family_files import check_matrices
-from qdeltanet.models import load_model
+from qdeltanet.models import load_model, quantize_model
+from qdeltanet.recipe import load_recipe
 from qdeltanet.workflow import samples_for
 
 
@@ -50,6 +52,15 @@ def test_memory_is_bounded_and_the_choice_is_the_same_for_every_batch_size() -> 
     assert one[1].seen == other[1].seen == 16
     # the same chunks; float32 sums of another batch differ in the last place
     assert torch.allclose(one[1].A, other[1].A, atol=1e-5)
+
+
+def test_a_quantized_model_is_inspected_with_its_own_chunk_size() -> None:
+    model = load_model(model_path("tiny-recall"))
+    quantize_model(model, load_recipe("int8"))
+    data = samples_for("tiny-recall", None, 2, 64)
+    assert capture(model, data, chunk_size=64)[0].A.shape[-1] == 64
+    with pytest.raises(QDeltaNetError, match="chunk size 32: the model is quantized with 64"):
+        capture(model, data, chunk_size=32)
 
 
 def test_keeper_keeps_some_of_all() -> None:

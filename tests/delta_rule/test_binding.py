@@ -143,3 +143,23 @@ def test_shared_rescale_gives_all_registers_one_range_per_head() -> None:
     for key in ("A", "T", "inverse.E"):
         assert torch.equal(scales[key] * 127, torch.tensor([9.0, 2.0]).reshape(2, 1, 1)), key
     assert float(scales["w"][0] * 127) == pytest.approx(7.0)
+
+
+def test_headroom_widens_the_inverse_up_to_what_is_proven() -> None:
+    head = Granularity.PER_HEAD
+    specs = [spec(s) for s in ("q", "A", "inverse.L", "inverse.N", "T")]
+    tops = {"q": 0.5, "A": 0.4, "inverse.L": 0.9, "inverse.N": 3.0, "T": 0.6}
+    amax = {(s, head): torch.full((1, 1, 1), x) for s, x in tops.items()}
+    own = make_scales(specs, amax, headroom=1.25, proven={"A", "L", "T"})
+    found = {s: round(float(x) * 127, 5) for s, x in own.items()}
+    assert found == {"q": 0.5, "A": 0.5, "inverse.L": 1.0, "inverse.N": 3.75, "T": 0.75}
+
+
+@pytest.mark.parametrize(("proven", "expected"), [({"A", "L", "T"}, 1.0), ({"A"}, 1.125)])
+def test_a_shared_range_stays_one_under_headroom(proven: set[str], expected: float) -> None:
+    """It is cut at the proven range only where that is proven of all."""
+    head = Granularity.PER_HEAD
+    specs = [spec(s) for s in ("A", "inverse.L", "T")]
+    amax = {(s, head): torch.full((1, 1, 1), x) for s, x in (("A", 0.4), ("inverse.L", 0.9), ("T", 0.6))}
+    scales = make_scales(specs, amax, shared=True, headroom=1.25, proven=proven)
+    assert {round(float(s) * 127, 5) for s in scales.values()} == {expected}

@@ -27,12 +27,10 @@ def column_sweep(chunk_size: int, form: Literal["vector", "matrix"] = "vector") 
     unit: Unit = "vector" if form == "vector" else "matrix"
     steps: list[Step] = []
     for k in range(chunk_size - 1):
-        out = OUTPUT if k == chunk_size - 2 else "L"
-        column = Mask(1, chunk_size, column=k)
-        if k == 0:
-            steps.append(Step(out, column, INPUT))
-            continue
-        steps.append(Step(f"a{k}", column, INPUT))
-        addends = ((f"a{k}", 1), ("L", 1))
-        steps.append(Step(out, Mask(1, chunk_size), f"a{k}", "L", addends, unit=unit))
+        last = k == chunk_size - 2
+        steps.append(Step(OUTPUT if last and k == 0 else f"a{k}", Mask(1, chunk_size, column=k), INPUT))
+        if k > 0:
+            before = "a0" if k == 1 else "L"  # a copy of A, with A's scale
+            addends = ((f"a{k}", 1), (before, 1))
+            steps.append(Step(OUTPUT if last else "L", Mask(1, chunk_size), f"a{k}", before, addends, unit=unit))
     return Plan("column_sweep", chunk_size, tuple(steps), {"form": form}, frozenset((INPUT, "L", OUTPUT)))

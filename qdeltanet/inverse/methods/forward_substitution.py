@@ -12,10 +12,12 @@ def forward_substitution(chunk_size: int) -> Plan:
     The recurrence of transformers' row loop, n - 2 products of one row, as many deep; `column_sweep` is the same by
     columns. One register is written again and again; rows already done come out the same.
     """
-    steps = [Step("L", Mask(1, chunk_size, rows=2), INPUT)]
+    before = "a"  # a copy of A, with A's scale
+    steps = [Step(before, Mask(1, chunk_size, rows=2), INPUT)]
     for row in range(2, chunk_size):
         out = OUTPUT if row == chunk_size - 1 else "L"
-        steps.append(Step(out, Mask(1, chunk_size, rows=row + 1), INPUT, "L", ((INPUT, 1),), unit="vector"))
+        steps.append(Step(out, Mask(1, chunk_size, rows=row + 1), INPUT, before, ((INPUT, 1),), unit="vector"))
+        before = out
     if chunk_size == 2:
         steps = [Step(OUTPUT, Mask(1, 2), INPUT)]
     return Plan("forward_substitution", chunk_size, tuple(steps), {}, frozenset((INPUT, "L", OUTPUT)))
