@@ -25,7 +25,7 @@ def model_path(name_or_path: str) -> str:
     if name_or_path in MODELS:
         return MODELS[name_or_path]
     looks_like_a_name = "/" not in name_or_path and not Path(name_or_path).exists()
-    near = difflib.get_close_matches(name_or_path, MODELS, n=1)
+    near = difflib.get_close_matches(name_or_path, MODELS, n=1, cutoff=0.5)
     if looks_like_a_name and near:
         raise QDeltaNetError(f"unknown model '{name_or_path}': did you mean '{near[0]}'?")
     return name_or_path

@@ -91,10 +91,11 @@ def _ratio_table(rows: list[dict[str, Any]], formats: Sequence[str]) -> Table:
 
 
 def _say_rest(rows: list[dict[str, Any]], seconds: float) -> None:
-    from .eval.bench.stability_table import counted, default_ratios, figure
+    from .eval.bench.stability_table import counted, default_ratios, figure, matrix_counts
 
     families = list(dict.fromkeys(r["family"] for r in counted(rows)))
     out.print(f"{len(families)} families: {', '.join(families)}; {len(rows)} rows in {seconds:.0f} s", highlight=False)
+    out.print(f"matrices measured of a family: {matrix_counts(rows)}", highlight=False)
     worst = default_ratios(rows)
     if worst:
         figures = ", ".join(f"{name} {figure(x)}" for name, x in worst.items())
@@ -108,22 +109,27 @@ def bench_variants(
 ) -> None:
     """Ways to join blocks and ways to hold registers, all else as by default: worst error over the floor, and median.
 
-    Over the same families as `bench stability`. `-`: the scheme does not bind, or the error is not finite.
+    Over the same families as `bench stability`. Below 1: registers hold more than A's codes do. `-`: the scheme does
+    not bind, or the error is not finite.
     """
     from .core.files import write_text
     from .eval.bench.variants import FORMATS, variants
 
     with bar("variants", quiet) as progress:
         rows = variants(chunk_size, progress=progress)
-    columns = ("deep", *(f"{f}{what}" for f in FORMATS for what in ("", " median")))
-    made = table(f"worst error / floor, and median error; chunks of {chunk_size}", ("variant",), columns)
-    for start in range(0, len(rows), len(FORMATS)):
-        own = rows[start : start + len(FORMATS)]
-        figures = [_short(row[key]) for row in own for key in ("worst_to_floor", "median")]
-        made.add_row(own[0]["variant"], str(own[0]["depth"]), *figures, end_section=own[0]["variant"].endswith("(MCH)"))
-    out.print(made)
+    for key, title in (("worst_to_floor", "worst error / floor"), ("median", "median relative error of T")):
+        out.print(_variant_table(f"{title}, chunks of {chunk_size}", rows, key, FORMATS))
     if json_file is not None:
         write_text(json_file, json.dumps({"chunk_size": chunk_size, "rows": rows}, indent=1, allow_nan=False) + "\n")
+
+
+def _variant_table(title: str, rows: Sequence[Any], key: str, formats: Sequence[str]) -> Table:
+    made = table(title, ("variant",), ("deep", *formats))
+    for start in range(0, len(rows), len(formats)):
+        own = rows[start : start + len(formats)]
+        section = own[0]["part"] != rows[min(start + len(formats), len(rows) - 1)]["part"]
+        made.add_row(own[0]["variant"], str(own[0]["depth"]), *(_short(r[key]) for r in own), end_section=section)
+    return made
 
 
 def _short(x: float | None) -> str:

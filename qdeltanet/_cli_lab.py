@@ -35,12 +35,14 @@ def inspect_command(
     from .backends import check_device
     from .calib.inspect import capture, inspect
     from .checkpoint import write_tensors
-    from .core.files import write_text
+    from .core.files import check_file, write_text
     from .eval.embedded import model_path
     from .models import load_model
     from .workflow import samples_for
 
     check_device(device)
+    for path in (matrices, json_file):
+        check_file(path)
     data = samples_for(model, dataset, samples, seq_len, text_column)
     loaded = load_model(model_path(model), dtype, device)
     with bar(f"running {model}", quiet) as progress:
@@ -101,11 +103,12 @@ def sensitivity_command(
 ) -> None:
     """What each site costs when it alone is quantized as a recipe has it: increase of the loss, SQNR of the logits."""
     from .backends import check_device
-    from .core.files import write_text
+    from .core.files import check_file, write_text
     from .workflow import recipe_of, run_sensitivity
 
     chosen = recipe_of(recipe, overrides or ())
     check_device(device)
+    check_file(json_file)
     with bar(f"{model}, {recipe}", quiet) as progress:
         rows = run_sensitivity(
             model, chosen, dataset=dataset, samples=samples, seq_len=seq_len, text_column=text_column,

@@ -15,7 +15,7 @@ from rich.text import Text
 from ._cli_bench_lab import bench_cost, bench_stability, bench_variants
 from ._cli_hardware import bench, selftest
 from ._cli_lab import inspect_command, sensitivity_command
-from ._cli_search import search_command
+from ._cli_search import bench_neumann, search_command
 from ._console import Backend, Device, Dtype, Json, Model, Output, Overwrite, Quiet, Set, bar, err, out, say, table
 
 app = typer.Typer(
@@ -298,6 +298,9 @@ app.command("sensitivity", epilog="Example: qdeltanet sensitivity tiny-hybrid --
 )
 bench.command("stability", epilog="Example: qdeltanet bench stability --chunk-size 64 --json map.json")(bench_stability)
 bench.command("variants", epilog="Example: qdeltanet bench variants --chunk-size 64")(bench_variants)
+bench.command(
+    "neumann", epilog="Example: qdeltanet bench neumann --family gates_small --chunk-size 32 --profile hexagon"
+)(bench_neumann)
 bench.command("cost", epilog="Example: qdeltanet bench cost --chunk-size 64 --json order.json")(bench_cost)
 app.command("search", epilog="Example: qdeltanet search tiny-recall --budget 0.4% --output found.yaml")(search_command)
 app.add_typer(bench, name="bench")
@@ -306,7 +309,7 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interrupt 130, never a traceback for either."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    timed = sys.argv[1:2] == ["bench"] and sys.argv[2:3] not in (["stability"], ["variants"])
+    timed = sys.argv[1:2] == ["bench"] and sys.argv[2:3] not in (["stability"], ["variants"], ["neumann"])
     if not timed:  # read when torch loads: spinning threads are fast alone, and stall a busy machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

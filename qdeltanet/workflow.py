@@ -76,6 +76,7 @@ def samples_for(
     model_name: str, dataset: str | None, samples: int, seq_len: int | None, text_column: str | None = None
 ) -> Samples:
     """Sequences for a model; dataset and seq_len default to those of an embedded model. Raises QDeltaNetError."""
+    path = model_path(model_name)
     default, length = EMBEDDED_DATA.get(model_name, (None, 512))
     name = dataset or default
     if name is None:
@@ -84,7 +85,7 @@ def samples_for(
         )
     if name not in DATASETS and difflib.get_close_matches(name, DATASETS):
         raise unknown("dataset", name, DATASETS)
-    tokenizer = load_tokenizer(model_path(model_name))
+    tokenizer = load_tokenizer(path)
     return load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
 
 

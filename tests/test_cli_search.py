@@ -1,4 +1,4 @@
-"""`qdeltanet search` as a user meets it."""
+"""`qdeltanet search` and `qdeltanet bench neumann` as a user meets them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_cli import ENV, run
 
+from qdeltanet._cli_search import _show
 from qdeltanet.recipe import load_recipe
 
 QUICK = ("--samples", "4", "--method", "truncated_neumann", "--format", "int8", "--keep", "3", "--matrices", "4")
@@ -68,7 +69,6 @@ def wait_for(journal: Path, measurements: int) -> None:
         (("--samples", "1"), "at least 2 samples"),
         (("--output", "/proc/found.yaml"), "cannot write"),
         (("--output", "found.txt"), "found.txt: a recipe is a YAML file"),
-        (("--family", "silu"), "without a model"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, args, line):
@@ -86,18 +86,37 @@ def test_an_infeasible_budget_says_the_least(tmp_path):
     assert not (tmp_path / "found.yaml").exists()
 
 
-def test_a_family_instead_of_a_model(tmp_path):
-    args = ("search", "--family", "gates_small", "--chunk-size", "32", "--profile", "hexagon")
+def test_the_published_method_alone(tmp_path):
+    args = ("bench", "neumann", "--family", "gates_small", "--chunk-size", "32", "--profile", "hexagon")
     done = run(*args, "--json", str(tmp_path / "grid.json"))
     assert done.returncode == 0, done.stderr
     assert "order 4, 3 residual steps" in done.stdout
     assert len(json.loads((tmp_path / "grid.json").read_text())["grid"]) == 64
-    unknown = run("search", "--family", "gates_smal")
+    unknown = run("bench", "neumann", "--family", "gates_smal")
     assert unknown.returncode == 2
     assert "gates_small" in unknown.stderr
+
+
+def test_a_search_needs_a_model():
+    done = run("search", "-o", "found.yaml")
+    assert done.returncode == 2
+    assert "Missing argument" in done.stderr
+
+
+def test_losses_that_are_not_finite_are_shown(capsys):
+    loss = {"kl": 0.01, "nll": 0.02}
+    chosen = {"name": "found 1", "cost": 1.0, "predicted": 0.01, "loss": loss, "choices": {}}
+    lost = {"name": "lost", "cost": 2.0, "predicted": None, "loss": {"kl": None, "nll": None}, "choices": {}}
+    result = {"chosen": chosen, "base": chosen, "front": [chosen], "references": [lost], "left_out": ["whole"]}
+    result |= {"budget": 0.02}
+    _show({**result, "profile": {"name": "cpu", "sources": {}}}, Path("found.yaml"))
+    shown = capsys.readouterr().out
+    assert "inf" in next(line for line in shown.splitlines() if "lost" in line)
+    assert "projections are not the base's: whole" in shown
 
 
 def test_help_has_an_example():
     done = run("search", "--help")
     assert done.returncode == 0
     assert "Example: qdeltanet search tiny-recall" in done.stdout
+    assert "Example: qdeltanet bench neumann" in run("bench", "neumann", "--help").stdout

@@ -110,7 +110,7 @@ def _held(built: Plan, fmt: IntFormat) -> list[Candidate]:
 
 
 def title(built: Plan) -> str:
-    """`block_merge 16,4 lookahead`, `neumann 3 3 8 doubled 64`: the method and its options in order."""
+    """`block_merge 16,4 eager`, `neumann 3 3 8 doubled 64`: the method and its options in order."""
     values = (",".join(map(str, v)) if isinstance(v, tuple | list) else str(v) for v in built.options.values())
     return " ".join([built.method, *values])
 

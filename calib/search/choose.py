@@ -58,6 +58,13 @@ def choose(options: Sequence[Sequence[Option]], budget: float) -> list[Option] |
     return [flat[i] for i in np.flatnonzero(done.x > 0.5)]
 
 
+def spread(n: int, keep: int) -> list[int]:
+    """`keep` of n positions, both ends among them."""
+    if n <= keep:
+        return list(range(n))
+    return sorted({round(i * (n - 1) / max(keep - 1, 1)) for i in range(keep)})
+
+
 def least_loss(options: Sequence[Sequence[Option]]) -> list[Option]:
     """The option of least loss of each list."""
     return [min(group, key=lambda o: (o.loss, o.cost)) for group in options]

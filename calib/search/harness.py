@@ -81,9 +81,16 @@ class Harness:
             set_scheme(layer, recipe.layer(index))
             layer.scales.fill({key: scales[f"layers.{index}.{key}"] for key in layer.scales.keys})
 
+    def comparable(self, recipe: Recipe) -> bool:
+        """Whether a recipe quantizes the projections as the layers hold them, which no search changes."""
+        return all(recipe.layer(i).projections == layer.scheme.projections for i, layer in self.layers.items())
+
     @torch.no_grad()
     def loss(self) -> Loss:
-        """In fake execution of what the layers hold, on the second half of the samples."""
+        """In fake execution of what the layers hold, on the second half of the samples.
+
+        Raises QDeltaNetError if no token of that half counts.
+        """
         sums = torch.zeros(3, dtype=torch.float64)
         try:
             for i, batch in enumerate(self.batches):
@@ -92,6 +99,11 @@ class Harness:
                 sums += _compared(expected, self._log_probabilities(batch), batch[:, 1:].to(expected.device))
         except NonFiniteError:
             return Loss(math.inf, math.inf)
+        if sums[2] == 0:
+            raise QDeltaNetError(
+                "no token of the second half of the samples counts: float predicts all of them worse than chance, or "
+                "not finitely; name text that the model knows (--dataset) or more of it (--samples)"
+            )
         kl, nll = (sums[:2] / sums[2]).tolist()
         return Loss(kl, nll) if math.isfinite(kl) else Loss(math.inf, math.inf)
 

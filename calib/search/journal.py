@@ -11,7 +11,7 @@ from typing import Any
 from ...core import QDeltaNetError
 from ...core.files import write_text
 
-VERSION = 1
+VERSION = 2  # of what is measured and under which names; a request holds it
 
 
 def digest(content: Any) -> str:
@@ -22,8 +22,8 @@ def digest(content: Any) -> str:
 class Journal:
     """Measurements by name. request: all that they depend on; path None keeps nothing.
 
-    Raises QDeltaNetError if the file holds another request and may not be overwritten, or is damaged, or cannot be
-    written.
+    Nothing is written before `write` or the first measurement. Raises QDeltaNetError if the file holds another request
+    and may not be overwritten, or is damaged, or cannot be written.
     """
 
     def __init__(self, path: Path | None, request: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -37,7 +37,6 @@ class Journal:
                 f"{path} is of another search ({_difference(there['request'], self.request)}): pass --overwrite to "
                 "replace it, or name another --output"
             )
-        self.write()
 
     @property
     def key(self) -> str:
@@ -52,7 +51,7 @@ class Journal:
         return self.measured[name]
 
     def write(self) -> None:
-        content = {"version": VERSION, "key": self.key, "request": self.request, "measured": self.measured}
+        content = {"key": self.key, "request": self.request, "measured": self.measured}
         if self.path is not None:
             write_text(self.path, json.dumps(content, indent=1) + "\n")
 

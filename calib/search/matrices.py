@@ -41,8 +41,10 @@ class Systems:
     def scales(self, scheme: LayerScheme) -> tuple[RuleScheme, dict[str, Tensor]]:
         """The inverse's bound scheme, and static scales of A, T and registers. Raises BindingError."""
         assert scheme.rule is not None
-        sites = scheme.rule.sites
-        chosen = InverseScheme(sites[INPUT], sites, scheme.shared_rescale, scheme.headroom, self.limit)
+        rule, held = scheme.rule, scheme.rule.sites[INPUT]
+        chosen = InverseScheme(
+            held, rule.sites, scheme.shared_rescale, scheme.headroom, self.limit, rule.requantize, rule.accumulator_bits
+        )
         bound = chosen.bound(scheme.plan)
         return bound, static_scales(scheme.plan, chosen, bound, observe_ranges(scheme.plan, bound, self.calibrating))
 

@@ -26,7 +26,7 @@ class Prices:
         return sum(self._of(recipe.layer(i), self.dims[i]) for i in layers)
 
     def _of(self, scheme: LayerScheme, dims: Dimensions) -> float:
-        key = (scheme.plan, _sites(scheme), scheme.rule.rotate if scheme.rule else None, dims)
+        key = (scheme.plan, _sites(scheme), _rotate(scheme), dims)
         if key not in self._known:
             self._known[key] = self.price(scheme, dims)
         return self._known[key]
@@ -42,10 +42,10 @@ class Prices:
     def _saved(self, wide: LayerScheme, narrow: LayerScheme, dims: Dimensions, sites: Sequence[str]) -> Savings:
         """A product has two operands, so what a set of sites saves is the sum over its members and its pairs.
 
-        The inverse's own steps have no share in it: plans with the same A and T save the same.
+        The inverse's own steps have no share in it: plans of a chunk size with the same A and T save the same.
         """
         outside = tuple((s, x) for scheme in (wide, narrow) for s, x in _sites(scheme) if s in SITES)
-        key = (bool(wide.plan.steps), outside, tuple(sites), dims)
+        key = (wide.plan.chunk_size, bool(wide.plan.steps), outside, _rotate(wide), tuple(sites), dims)
         if key not in self._savings:
             before = self._of(wide, dims)
             alone = {s: before - self._of(_mixed(wide, narrow, (s,)), dims) for s in sites}
@@ -63,6 +63,10 @@ class Prices:
 
 def _sites(scheme: LayerScheme) -> tuple[tuple[str, object], ...]:
     return tuple(scheme.rule.sites.items()) if scheme.rule is not None else ()
+
+
+def _rotate(scheme: LayerScheme) -> frozenset[str] | None:
+    return scheme.rule.rotate if scheme.rule is not None else None
 
 
 def _mixed(wide: LayerScheme, narrow: LayerScheme, chosen: Collection[str]) -> LayerScheme:

@@ -6,18 +6,15 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...core import QDeltaNetError
-from ...core.files import sha256_file, write_text
+from ...core.files import sha256_file, write_bytes, write_text
 from ...inverse import Profile
 from ...recipe import Recipe
-from .run import Found, Point
+from .run import Found
 
 # Okabe and Ito's colours, told apart by all kinds of sight.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
@@ -48,18 +45,20 @@ def named(found: Found, name: str, profile: Profile, budget: float) -> Recipe:
 
 def content(found: Found, profile: Profile, budget: float, request: Mapping[str, Any]) -> dict[str, Any]:
     """What the JSON file says, but for the recipe's hash; null stands for an infinite loss."""
-    return {
+    whole = {
         "version": 1,
         "budget": budget,
         "units": {"cost": "ns per token, all rules", "loss": "nats per token over float"},
         "chosen": found.point.as_dict(),
         "base": found.base.as_dict(),
         "references": [p.as_dict() for p in found.references],
+        "left_out": list(found.left_out),
         "front": [p.as_dict() for p in found.front],
         "singles": found.singles,
         "profile": {"name": profile.name, "numbers": numbers(profile), "sources": dict(profile.sources)},
-        "request": dict(request),
+        "request": request,
     }
+    return dict(plain(whole))
 
 
 def numbers(profile: Profile) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def is_complete(output: Path, request: Mapping[str, Any], budget: float) -> bool
     """Whether the output is the recipe that this request and budget would give, with its files beside it."""
     try:
         there = json.loads(pareto_path(output).read_text(encoding="utf-8"))
-        same = there["request"] == dict(request) and there["budget"] == budget
+        same = there["request"] == plain(request) and there["budget"] == budget
         return same and there["recipe_sha256"] == sha256_file(output) and picture_path(output).is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -83,39 +82,17 @@ def write(output: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
     text = recipe.to_yaml()
     whole = {**result, "recipe_sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_bytes(picture_path(output), picture(result))
-    write_text(pareto_path(output), json.dumps(_plain(whole), indent=1, allow_nan=False) + "\n")
+    write_text(pareto_path(output), json.dumps(whole, indent=1, allow_nan=False) + "\n")
     write_text(output, text)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as e:
-        raise QDeltaNetError(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
+def plain(value: Any) -> Any:
+    """As JSON gives it back; it has no infinity, and null stands for one."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def pareto_points(points: Sequence[Point]) -> list[Point]:
-    """Those that none beats in both cost and measured loss, cheapest first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.cost, p.loss.kl)):
-        if not best or point.loss.kl < best[-1].loss.kl:
-            best.append(point)
-    return best
 
 
 def picture(result: Mapping[str, Any]) -> bytes:
@@ -141,7 +118,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
 
 
 def _scatter(axes: Any, points: Sequence[Mapping[str, Any]], label: str, marker: str, colour: str, size: int) -> None:
-    shown = [(p["cost"], max(p["loss"]["kl"], 1e-9)) for p in points if math.isfinite(p["loss"]["kl"])]
+    shown = [(p["cost"], max(p["loss"]["kl"], 1e-9)) for p in points if p["loss"]["kl"] is not None]
     if shown:
         x, y = zip(*shown, strict=True)
         axes.scatter(x, y, s=size, marker=marker, color=colour, label=label, zorder=3)

@@ -40,13 +40,15 @@ class Point:
 @dataclass(frozen=True)
 class Found:
     """recipe: the cheapest measured one within the budget, `point` its figures. front: every recipe that was measured,
-    cheapest first. base, references: for comparison. singles: what each choice alone costs and loses, by group."""
+    cheapest first. base, references: for comparison; left_out: references whose projections are not the base's, which
+    cannot be measured here. singles: what each choice alone costs and loses, by group."""
 
     recipe: Recipe
     point: Point
     front: Sequence[Point]
     base: Point
     references: Sequence[Point]
+    left_out: Sequence[str]
     singles: Mapping[str, Any]
 
 
@@ -64,18 +66,21 @@ def search(
     """The cheapest recipe whose measured loss stays within `budget`, by layer (`Settings.uniform`: one for all).
 
     price: modelled ns per token of one layer's rule. budget: nats per token over float (KL). references: other recipes
-    to report beside it. progress(done, total) counts measurements; total grows as they are planned.
+    to report beside it, where their projections are the base's. progress(done, total) counts measurements; total grows
+    as they are planned.
 
     Raises QDeltaNetError for a budget that is not positive or that no recipe meets (it says the least that one does),
-    a base recipe that leaves the rule in float, and what candidates and data raise.
+    a base recipe that leaves the rule in float or whose loss is not finite, and what candidates and data raise.
     """
     if not budget > 0 or math.isinf(budget):
         raise QDeltaNetError(f"budget {budget:g}: must be a positive number of nats per token, or a percentage")
     if any(base.layer(i).rule is None for i in harness.layers):
         raise QDeltaNetError(f"recipe {base.name} leaves the rule in float: start from one that quantizes it")
+    journal = journal or Journal(None, {})
+    journal.write()  # nothing is left of a search that was refused, and a path that cannot be written is known now
     groups = make_groups(sorted(harness.layers), settings.uniform)
     counter = _Counter(progress, len(groups), settings.keep)
-    stages = Stages(harness, base, price, settings, journal or Journal(None, {}), counter)
+    stages = Stages(harness, base, price, settings, journal, counter)
     found = _Search(stages, groups).run(budget, references)
     counter.finish()
     return found
@@ -112,9 +117,12 @@ class _Search:
         base = self._verified([Option(BASE, (), 0.0, 0.0) for _ in self.groups])
         self._bisect(budget, self._ladder())
         recipe, best = self._best(budget)
-        others = [self._measured(r, r.name, None, {}) for r in references]
+        comparable = [r for r in references if self.stages.harness.comparable(r)]
+        others = [self._measured(r, r.name, None, {}) for r in comparable]
+        left_out = [r.name for r in references if r not in comparable]
         front = sorted((p for _, p in self.points.values()), key=lambda p: (p.cost, p.name))
-        return Found(recipe, best, front, base, others, {g.name: self.stages.singles(g) for g in self.groups})
+        singles = {g.name: self.stages.singles(g) for g in self.groups}
+        return Found(recipe, best, front, base, others, left_out, singles)
 
     # -- whole recipes -------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from ...recipe import Recipe, load_recipe
 from ..data import Samples
 from .candidates import candidates
 from .harness import Harness
-from .journal import Journal, digest
-from .report import content, is_complete, journal_path, named, numbers, write
+from .journal import VERSION, Journal, digest
+from .report import content, is_complete, journal_path, named, numbers, plain, write
 from .run import Progress, search
 from .stages import Settings
 
@@ -73,15 +73,20 @@ def _request(
         "recipe": base.fingerprint,
         "dataset": {"name": samples.name, "shape": list(samples.tokens.shape), "sha256": samples.digest},
         "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": {"qdeltanet": _version(), "torch": str(torch.__version__), "journal": VERSION},
         "threads": torch.get_num_threads(),  # sums of floats depend on it
         "profile": {"name": profile.name, "sha256": digest(numbers(profile))},
-        "settings": _plain(asdict(settings)),
+        "settings": plain(asdict(settings)),
     }
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+def _version() -> str:
+    try:
+        return version("qdeltanet")
+    except PackageNotFoundError:  # a source tree that is not installed
+        return "0+unknown"
 
 
 def _check_name(output: Path) -> None:
@@ -94,4 +99,7 @@ def _check_name(output: Path) -> None:
 def _check_free(output: Path, overwrite: bool) -> None:
     """A recipe that is there may only be replaced when asked; its measurements are used again where they fit."""
     if output.exists() and not overwrite:
-        raise QDeltaNetError(f"{output} is there already, for another budget or not of a search: pass --overwrite")
+        raise QDeltaNetError(
+            f"{output} is there already, for another budget or not of a search: pass --overwrite (measurements are "
+            "kept), or name another file"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,15 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core import BindingError
+from ...core import BindingError, QDeltaNetError
 from ...recipe import Recipe
 from ..inspect import capture
 from .candidates import BASE, NARROWED, Candidate, Group, candidates, overridden, override
-from .choose import Option, pareto
+from .choose import Option, pareto, spread
 from .harness import Harness, Loss
 from .journal import Journal
 from .matrices import Systems
 from .prices import Price, Prices
+
+Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,7 @@ class Stages:
     """
 
     def __init__(
-        self,
-        harness: Harness,
-        base: Recipe,
-        price: Price,
-        settings: Settings,
-        journal: Journal,
-        tick: Callable[[str], None],
+        self, harness: Harness, base: Recipe, price: Price, settings: Settings, journal: Journal, tick: Tick
     ) -> None:
         self.harness, self.base, self.settings = harness, base, settings
         self.journal, self.tick = journal, tick
@@ -59,13 +56,9 @@ class Stages:
     @cached_property
     def systems(self) -> dict[int, Systems]:
         self.harness.calibrated(self.base)
-        found = capture(
-            self.harness.model,
-            self.harness.calibrating,
-            keep=self.settings.matrices,
-            batch_size=self.harness.batch_size,
-            seed=self.settings.seed,
-        )
+        model, samples, batch_size = self.harness.model, self.harness.calibrating, self.harness.batch_size
+        keep, seed = self.settings.matrices, self.settings.seed
+        found = capture(model, samples, keep=keep, batch_size=batch_size, seed=seed)
         return {index: Systems.of(c.A, c.limit) for index, c in found.items()}
 
     @cached_property
@@ -120,14 +113,20 @@ class Stages:
             if error <= self.settings.error or candidate.name == BASE:
                 rated[candidate.name] = [self.cost(recipe, group), error]
         front = pareto(Option(name, (), cost, error) for name, (cost, error) in rated.items())
-        chosen = [front[i].inverse for i in _spread(len(front), self.settings.keep)]
+        chosen = [front[i].inverse for i in spread(len(front), self.settings.keep)]
         return {name: rated[name] for name in dict.fromkeys([BASE, *chosen])}
 
     # -- stage 2: each choice alone ------------------------------------------------------------------------------------
 
     @cached_property
     def base_loss(self) -> Loss:
-        return self._loss("base", self.base, lambda: self.base_scales)
+        """Raises QDeltaNetError where it is not finite: nothing could be told apart beside it."""
+        found = self._loss("base", self.base, lambda: self.base_scales)
+        if not math.isfinite(found.kl):
+            raise QDeltaNetError(
+                f"base recipe {self.base.name}: its loss is not finite on these samples; start from a finer one"
+            )
+        return found
 
     def alone(self, group: Group, candidate: Candidate, narrowed: Sequence[str] = ()) -> float:
         """Increase of kl over the base recipe's when one group takes one choice."""
@@ -197,10 +196,3 @@ class Stages:
             },
             "sites": {s: {"loss": self.alone(group, Candidate(BASE), (s,))} for s in self.narrowable(group)},
         }
-
-
-def _spread(n: int, keep: int) -> list[int]:
-    """`keep` of n positions, both ends among them."""
-    if n <= keep:
-        return list(range(n))
-    return sorted({round(i * (n - 1) / max(keep - 1, 1)) for i in range(keep)})

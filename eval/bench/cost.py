@@ -22,6 +22,7 @@ from ...core import (
     relative_error,
 )
 from ...inverse import Plan, Profile, plan, plan_cost, run_plan
+from ...inverse.methods.block_merge import radices_of
 from ...inverse.speedups import alike
 from .delta_rule import Size, inputs_of
 from .inverse import TOLERANCE, integer_inverse, ut_matrices
@@ -113,7 +114,7 @@ def compare_order(
 
 def method_plans(chunk_size: int) -> dict[str, Plan]:
     """The methods that are compared, by label."""
-    radices = [4] * ((chunk_size.bit_length() - 1) // 2) + [2] * ((chunk_size.bit_length() - 1) % 2)
+    radices = radices_of(chunk_size, 4)
     result = {}
     for label, method, options in METHODS:
         own = {k: radices if v == "fours" else v for k, v in options.items()}

@@ -14,7 +14,7 @@ from ...checkpoint import read_tensors
 from ...core import QDeltaNetError, unknown
 from ...delta_rule.laboratory import exact_inverse
 from ...delta_rule.measure import Measured, Specimens, Trial, check_format
-from ...inverse import CHUNK_SIZES, METHODS, plan
+from ...inverse import CHUNK_SIZES, METHODS, plan, register_ranges
 from ...inverse.families import FAMILIES, UNIFORM, Family, Shape, family
 from ...inverse.family_files import check_matrices, gate_families
 from ...inverse.points import Point, points
@@ -28,6 +28,7 @@ HEADS, TOKENS = 4, 8192  # per family
 LEAST_MATRICES = 16
 SWEEP, THINNED = 0.75, 4  # a plan that is deeper than so much of the chunk goes row by row: a quarter of the matrices
 SEED = 3
+SLACK = 1e-6  # of limits: given matrices are float32
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,17 @@ def specimens(chunk_size: int, made: Sequence[Family], given: dict[str, Tensor],
 
 
 def _limit(A: Tensor) -> float | None:
-    """What a delta rule's matrices are known to stay within; None for matrices that no delta rule made."""
-    top = float(A.abs().amax())
-    if top > 2 + 1e-6:
-        return None
-    limit = 1.0 if top <= 1 + 1e-6 else 2.0
-    return limit if float(exact_inverse(A).abs().amax()) <= limit + 1e-6 else None
+    """What given matrices, T and every bounded register of the plans that are measured stay within, 1 or 2; else None.
+
+    A and T alone do not tell: merged blocks, of which the registers are made, can be larger than both where no delta
+    rule made A.
+    """
+    tops = [float(A.abs().amax()), float(exact_inverse(A).abs().amax())]
+    for point in points(A.shape[-1], METHOD_NAMES):
+        if max(tops) <= 2 + SLACK and point.plan.bounded.intersection(point.plan.registers):
+            reached = register_ranges(point.plan, A.double())
+            tops += [top for name, top in reached.items() if name in point.plan.bounded]
+    return next((limit for limit in (1.0, 2.0) if max(tops) <= limit + SLACK), None)
 
 
 # -- the map -----------------------------------------------------------------------------------------------------------
@@ -105,7 +111,9 @@ def check_request(request: Request) -> None:
 
 def stability(request: Request = Request(), progress: Progress | None = None) -> list[Row]:
     """Rows {method, options, default, family, format, chunk_size, scale, median, worst, worst_to_floor,
-    max_intermediate, overflow, theory}; what is not finite is None. progress(done, total) counts runs of a plan.
+    max_intermediate, overflow, theory, matrices, saturated}; what is not finite is None. matrices: how many the row
+    is the worst of (row methods get a quarter of them); saturated: codes clipped in the whole run, that is in all
+    families of the same limit and number of matrices together. progress(done, total) counts runs of a plan.
 
     Raises QDeltaNetError for a wrong request, before anything is computed.
     """
@@ -136,7 +144,9 @@ def _rows(point: Point, some: Specimens, formats: Sequence[str]) -> Iterator[Row
     trial = Trial(point.plan, some)
     for name in formats:
         for group, m in trial.measure(name).items():
-            yield _row(point, group, name, m)
+            heads = some.groups[group]
+            matrices = some.A.shape[0] * (heads.stop - heads.start)
+            yield {**_row(point, group, name, m), "matrices": matrices, "saturated": m.saturated}
 
 
 def _row(point: Point, group: str, name: str, m: Measured) -> Row:

@@ -69,6 +69,19 @@ def default_ratios(rows: Iterable[Row]) -> dict[str, float]:
     }
 
 
+def matrix_counts(rows: Iterable[Row]) -> str:
+    """How many matrices of a family were measured: `256; column_sweep, forward_substitution 64`."""
+    seen: dict[str, set[int]] = {}
+    for row in rows:
+        seen.setdefault(row["method"], set()).add(row["matrices"])
+    methods: dict[str, list[str]] = {}
+    for method, counts in seen.items():
+        low, high = min(counts), max(counts)
+        methods.setdefault(str(low) if low == high else f"{low} to {high}", []).append(method)
+    usual, *others = sorted(methods.items(), key=lambda item: -len(item[1]))
+    return "; ".join([usual[0], *(f"{', '.join(names)} {count}" for count, names in others)])
+
+
 def figure(x: float) -> str:
     """Four characters at most: 1.62, 37, 4e6, 2e22, or inf for an overflow."""
     if math.isinf(x):

@@ -12,6 +12,7 @@ from ...delta_rule.laboratory import InverseScheme
 from ...delta_rule.measure import Measured, Specimens, Trial
 from ...inverse import INPUT, OUTPUT, Plan, plan
 from ...inverse.families import FAMILIES
+from ...inverse.methods.block_merge import TILE, radices_of
 from .stability import TOKENS, Progress, Row, specimens
 
 INT16 = IntFormat(16)
@@ -33,21 +34,12 @@ def _default(size: int) -> dict[str, Any]:
 
 def _radices(join: str, first: int = 0) -> Callable[[int], dict[str, Any]]:
     """One radix throughout, or (0) the whole chunk at once."""
-
-    def options(size: int) -> dict[str, Any]:
-        radix = first or size
-        found, left = [], size
-        while left > 1:
-            found.append(min(radix, left))
-            left //= found[-1]
-        return {"radices": found, "join": join}
-
-    return options
+    return lambda size: {"radices": radices_of(size, first or size), "join": join}
 
 
 def _tiles(join: str) -> Callable[[int], dict[str, Any]]:
     """Tiles of 16, then all of these at once."""
-    return lambda size: {"radices": [16, size // 16] if size > 16 else [size], "join": join}
+    return lambda size: {"radices": radices_of(size, TILE, size), "join": join}
 
 
 JOINS = (

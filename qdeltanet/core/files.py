@@ -47,6 +47,19 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_file(path: Path | None) -> None:
+    """Refuse, before any work, a file that could not be written in the end. Raises QDeltaNetError; None is fine."""
+    if path is None:
+        return
+    folder = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not folder.is_dir():
+        raise QDeltaNetError(f"cannot write {path}: {folder} is a file, not a folder")
+    if path.is_dir():
+        raise QDeltaNetError(f"cannot write {path}: it is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise QDeltaNetError(f"cannot write {path}: no permission to write into {folder}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step, in UTF-8. Raises QDeltaNetError if it cannot be written."""
     write_bytes(path, text.encode())

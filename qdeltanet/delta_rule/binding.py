@@ -110,7 +110,7 @@ def _resolve(site: str, s: SiteScheme, plan: Plan, requantize: Mode) -> SiteSche
     if s.scale == "bound" and site.removeprefix("inverse.") not in plan.bounded:
         raise BindingError(
             f"site {site}: {plan.method} has no proven range for this register; use scale: calibrated or dynamic, "
-            "or block_merge with radix 2 throughout"
+            "or block_merge with join: eager, or with radix 2 throughout"
         )
     return replace(s, granularity=_granularity(site, s, plan))
 

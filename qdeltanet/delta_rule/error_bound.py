@@ -9,10 +9,12 @@ what a register holds in exact arithmetic and x + d, |d| <= e, what it holds in 
   projection onto an interval, so it moves x + d and x no further apart than they were.
 - stored in a float format of unit roundoff u: e + u (|x| + e) + half the smallest subnormal; no bound beyond its range.
 
-gamma is n 2^-24 (n = C + 4 roundings) where sums are formed in float32, and 2^-22 for integers: their accumulators are
-exact, and requantization rounds each term at most four times. At the end comes what the method itself leaves out,
-|T of the plan - (I - A)^-1|, which is 0 for exact methods. The bound holds for every plan, and is pessimistic where
-errors cancel: it takes absolute values in each product.
+gamma is n 2^-24 with n the roundings that a term of a step meets. In integers accumulators are exact; the first of t
+terms is rounded t + 2 times (conversion, multiplier, product, t - 1 sums) and twice more where copies with a factor
+are read: n = t + 4, t taken from the plan's longest step. In floats the product itself is a sum of C: n = C + t + 4.
+A enters as float32 and is divided by its scale in float32, two roundings more, and T is read as float32, one more.
+At the end comes what the method itself leaves out, |T of the plan - (I - A)^-1|, which is 0 for exact methods. The
+bound holds for every plan, and is pessimistic where errors cancel: it takes absolute values in each product.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from torch import Tensor
 from ..core import FloatArithmetic, Granularity, IntFormat, Operand, Region, RuleScheme, Term, fit_scale
 from ..core.operand import block_part
 from ..inverse import INPUT, Plan, run_plan
+from ..inverse.plan import IDENTITY
 
 Store = Callable[[str, Tensor, Tensor, bool], Tensor]
+UNIT = 2.0**-24  # unit roundoff of float32
 
 
 class ErrorArithmetic(FloatArithmetic):
@@ -41,7 +45,7 @@ class ErrorArithmetic(FloatArithmetic):
         self.stored, self.gamma = stored, gamma
 
     def quantize(self, site: str, x: Tensor) -> Operand:
-        return self._entered(Operand(site, torch.stack([x, torch.zeros_like(x)])))
+        return self._entered(Operand(site, torch.stack([x, 2 * UNIT * x.abs()])))
 
     def product(
         self,
@@ -56,13 +60,13 @@ class ErrorArithmetic(FloatArithmetic):
     ) -> Term:
         if parts is not None:
             left, right = block_part(left, size, *parts[0]), block_part(right, size, *parts[1])
-        (L, eL), (R, eR) = left.codes, right.codes
+        (L, eL), (R, eR) = _planes(left), _planes(right)
         error = L.abs() @ eR + eL @ (R.abs() + eR)
         error = error + self.gamma * (L.abs() @ R.abs() + error)
         return Term(torch.stack([L @ R, sign * error]), sign=sign, region=region)
 
     def addend(self, x: Operand, *, sign: int = 1, **options: Any) -> Term:
-        value, error = x.codes
+        value, error = _planes(x)
         error = error + self.gamma * (value.abs() + error)
         return super().addend(replace(x, codes=torch.stack([value, sign * error])), sign=sign, **options)
 
@@ -84,6 +88,28 @@ class ErrorArithmetic(FloatArithmetic):
         return replace(x, codes=torch.stack([value, torch.where(alive, after, 0.0)]))
 
 
+def _planes(x: Operand) -> tuple[Tensor, Tensor]:
+    """Values and bounds. The identity, which a plan makes in the shape of A's codes, is known exactly."""
+    value, error = x.codes
+    return value, torch.zeros_like(error) if x.site == IDENTITY else error
+
+
+def roundings(plan: Plan) -> int:
+    """How often a term is rounded in float32 on its way into a register, at most (see above)."""
+    return max((len(s.summands) + (s.right is not None) for s in plan.steps), default=0) + 4
+
+
+def integer_errors(plan: Plan, formats: Mapping[str, IntFormat], scales: Mapping[str, Tensor]) -> ErrorArithmetic:
+    """The arithmetic of `integer_error_bounds`."""
+
+    def stored(site: str, x: Tensor, e: Tensor, compact: bool) -> Tensor:
+        s = fit_scale(scales[site].double(), x.shape, compact)
+        beyond = (x.abs() - formats[site].qmax * s).clamp(min=0)
+        return e + beyond + s / 2
+
+    return ErrorArithmetic(stored, roundings(plan) * UNIT)
+
+
 def integer_error_bounds(
     plan: Plan, A: Tensor, exact: Tensor, formats: Mapping[str, IntFormat], scales: Mapping[str, Tensor]
 ) -> Tensor:
@@ -91,13 +117,7 @@ def integer_error_bounds(
 
     formats: by site; scales: static, one per head or tensor. Infinite where nothing can be said.
     """
-
-    def stored(site: str, x: Tensor, e: Tensor, compact: bool) -> Tensor:
-        s = fit_scale(scales[site].double(), x.shape, compact)
-        beyond = (x.abs() - formats[site].qmax * s).clamp(min=0)
-        return e + beyond + s / 2
-
-    return _bounds(plan, A, exact, ErrorArithmetic(stored, 2.0**-22))
+    return _bounds(plan, A, exact, integer_errors(plan, formats, scales))
 
 
 def float_error_bounds(plan: Plan, A: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,14 +129,14 @@ def float_error_bounds(plan: Plan, A: Tensor, exact: Tensor, dtype: torch.dtype)
         after = e + info.eps / 2 * top + info.smallest_normal * info.eps / 2
         return torch.where(top + after > info.max, float("inf"), after)
 
-    return _bounds(plan, A, exact, ErrorArithmetic(stored, (plan.chunk_size + 4) * 2.0**-24))
+    return _bounds(plan, A, exact, ErrorArithmetic(stored, (plan.chunk_size + roundings(plan)) * UNIT))
 
 
 def _bounds(plan: Plan, A: Tensor, exact: Tensor, arithmetic: ErrorArithmetic) -> Tensor:
     eye = torch.eye(plan.chunk_size, dtype=torch.float64)
     T = run_plan(plan, arithmetic.quantize(INPUT, A.double()), arithmetic)
     value, error = (torch.zeros_like(A), torch.zeros_like(A)) if T is None else T.codes
-    total = error + (value + eye - exact).abs()
+    total = error + UNIT * (value.abs() + error) + (value + eye - exact).abs()
     bound = total.flatten(-2).norm(dim=-1) / exact.flatten(-2).norm(dim=-1)
     return bound.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
@@ -146,10 +166,10 @@ def worst_bounds(
 ) -> dict[str, float | None]:
     """The bound for the worst matrix of each group, in a float dtype or in integers (a bound scheme, static scales).
 
-    None where nothing can be said: in float64, which the exact T is computed in itself, for carried registers, and for
-    scales that are dynamic or stand per row or column.
+    None where nothing can be said: in float64, which the exact T is computed in itself, for carried registers, for
+    scales that are dynamic or stand per row or column, and where requantization is not in float32.
     """
-    if dtype is torch.float64 or (scheme is not None and not _per_head(scheme)):
+    if dtype is torch.float64 or (scheme is not None and not (scheme.requantize == "float" and _per_head(scheme))):
         return dict.fromkeys(worst.groups)
     chunk, head = worst.places()
     A, exact = worst.A[chunk, head], worst.exact[chunk, head]

@@ -7,7 +7,7 @@ inverse of A as its codes stand for it: no method that is handed these codes can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..core import (
     Granularity,
     IntegerArithmetic,
     IntFormat,
+    Mode,
     NonFiniteError,
     ObservingArithmetic,
     RuleScheme,
@@ -40,7 +41,8 @@ class InverseScheme:
     """How A, T and the registers are held: one scheme for all, with exceptions by site name.
 
     shared: one static range for all of them; headroom: factor on calibrated ranges, as `make_scales` has them. limit:
-    what bounded registers provably stay within (max beta); None where nothing is proven.
+    what bounded registers provably stay within (max beta); None where nothing is proven. requantize, accumulator_bits:
+    as RuleScheme has them.
     """
 
     default: SiteScheme
@@ -48,6 +50,8 @@ class InverseScheme:
     shared: bool = False
     headroom: float = 1.0
     limit: float | None = 1.0
+    requantize: Mode = "float"
+    accumulator_bits: int = 64
 
     @classmethod
     def of(cls, fmt: IntFormat, plan: Plan, limit: float | None = 1.0) -> InverseScheme:
@@ -68,8 +72,8 @@ class InverseScheme:
         outside = SiteScheme(IntFormat(8))
         every = {s: self.default if _in_inverse(s) else outside for s in rule_sites(plan)}
         every |= {s: scheme for s, scheme in (self.sites or {}).items() if s in every}
-        bound = bind(RuleScheme(every), plan, key_dim=1)
-        return RuleScheme({s: x for s, x in bound.sites.items() if _in_inverse(s)})
+        bound = bind(RuleScheme(every, self.requantize, self.accumulator_bits), plan, key_dim=1)
+        return replace(bound, sites={s: x for s, x in bound.sites.items() if _in_inverse(s)})
 
     def __str__(self) -> str:
         """Where scales come from, in the words of recipes."""
@@ -164,6 +168,7 @@ def static_scales(plan: Plan, chosen: InverseScheme, scheme: RuleScheme, seen: S
         scale_specs(_completed(scheme, plan), plan),
         ranges,
         shared=chosen.shared,
+        power_of_two=scheme.requantize == "power_of_two",
         headroom=chosen.headroom,
         beta_max=chosen.limit or 1.0,
         proven=() if chosen.limit is None else plan.bounded,
@@ -172,7 +177,7 @@ def static_scales(plan: Plan, chosen: InverseScheme, scheme: RuleScheme, seen: S
 
 def _completed(scheme: RuleScheme, plan: Plan) -> RuleScheme:
     """Sites outside of the inverse in float: they need no scale."""
-    return RuleScheme({s: scheme.sites.get(s, SiteScheme(None)) for s in rule_sites(plan)})
+    return replace(scheme, sites={s: scheme.sites.get(s, SiteScheme(None)) for s in rule_sites(plan)})
 
 
 def invert_integer(plan: Plan, scheme: RuleScheme, scales: Mapping[str, Tensor], A: Tensor) -> Inverted:

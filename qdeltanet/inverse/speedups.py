@@ -24,11 +24,16 @@ FITTED_AT = 64
 
 @dataclass(frozen=True)
 class Published:
-    """Order and residual terms used at a chunk size, and how much faster they were."""
+    """Order (and band) and residual terms used at a chunk size, and how much faster they were."""
 
     order: int
     residual_steps: int
     speedup: float
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For `plan("neumann", ...)`."""
+        return {"order": self.order, "band": self.order, "residual_steps": self.residual_steps}
 
 
 PUBLISHED = {32: Published(4, 3, 5.2), 64: Published(3, 8, 4.2), 128: Published(3, 8, 4.6)}
@@ -79,6 +84,6 @@ def _totals(chunk_size: int, profile: Profile, scheme: SiteScheme) -> tuple[floa
         sizes = ", ".join(map(str, PUBLISHED))
         raise QDeltaNetError(f"chunk size {chunk_size}: speed-ups are published for {sizes}")
     slow = plan("forward_substitution", chunk_size)
-    fast = plan("neumann", chunk_size, order=known.order, residual_steps=known.residual_steps)
+    fast = plan("neumann", chunk_size, **known.options)
     costs = (plan_cost(slow, alike(slow, FLOAT), profile), plan_cost(fast, alike(fast, scheme), profile))
     return costs[0].total, costs[1].total

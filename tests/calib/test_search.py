@@ -14,12 +14,14 @@ import torch
 
 from qdeltanet.calib import load_samples
 from qdeltanet.calib.data import Samples
-from qdeltanet.calib.search import Harness, Journal, Settings, adapt_neumann, search, search_to
+from qdeltanet.calib.search import Harness, Journal, Loss, Settings, adapt_neumann, search, search_to
 from qdeltanet.calib.search.candidates import BASE, NARROWED, Candidate, candidates, compositions, overridden, override
-from qdeltanet.calib.search.choose import Option, choose, least_loss, pareto
+from qdeltanet.calib.search.choose import Option, choose, least_loss, pareto, spread
 from qdeltanet.calib.search.harness import _compared
 from qdeltanet.calib.search.matrices import Systems
 from qdeltanet.calib.search.prices import Prices
+from qdeltanet.calib.search.report import content, picture
+from qdeltanet.calib.search.run import Found, Point
 from qdeltanet.core import QDeltaNetError
 from qdeltanet.delta_rule import Dimensions, rule_cost
 from qdeltanet.eval.embedded import DATASETS, model_path
@@ -116,6 +118,16 @@ def test_savings_equal_the_prices_of_whole_rules(method):
         )  # sums of other orders
 
 
+def test_savings_of_layers_with_different_chunk_sizes():
+    base = load_recipe("int8", ["layers.1.chunk_size=16"])
+    sites = list(NARROWED)
+    wide, narrow = (overridden(base, {"*": override(Candidate(BASE), s)}) for s in ((), sites))
+    both = Prices(rule_price, {0: DIMS, 1: DIMS}).savings(wide, narrow, (0, 1), sites)
+    each = [Prices(rule_price, {i: DIMS}).savings(wide, narrow, (i,), sites) for i in (0, 1)]
+    assert each[0] != each[1]
+    assert both == {chosen: each[0][chosen] + each[1][chosen] for chosen in both}
+
+
 def test_choose_is_the_best_of_all_combinations():
     make = random.Random(1)
     groups = [pareto(Option(f"{g}{i}", (), make.random(), make.random()) for i in range(9)) for g in range(4)]
@@ -138,6 +150,25 @@ def test_pareto_drops_what_is_beaten():
     assert pareto([d, c, b, a]) == [a, c]
 
 
+def test_spread_keeps_both_ends():
+    assert spread(3, 12) == [0, 1, 2]
+    assert spread(9, 1) == [0]
+    assert spread(9, 3) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("mode", ["float", "fixed_point", "power_of_two"])
+def test_candidates_keep_the_mode_and_accumulator_of_the_base(mode, bits):
+    systems = Systems.of(family("silu").matrices(Shape(2, 4, 16)))
+    settings = ["chunk_size=16", f"requantize={mode}", f"accumulator_bits={bits}"]
+    scheme = load_recipe("int8", settings).layer(0)
+    bound, scales = systems.scales(scheme)
+    assert (bound.requantize, bound.accumulator_bits) == (mode, bits)
+    powers = all(bool((torch.frexp(scale).mantissa == 0.5).all()) for scale in scales.values())
+    assert powers == (mode == "power_of_two")
+    assert systems.error(scheme) < 0.05
+
+
 def test_tokens_that_float_cannot_guess_do_not_count():
     logits = torch.tensor([[[5.0, 0, 0], [0, 5, 0], [0, 0, 5]]]).log_softmax(-1)
     labels = torch.tensor([[0, 2]])  # the second is predicted worse than chance
@@ -146,6 +177,17 @@ def test_tokens_that_float_cannot_guess_do_not_count():
     assert counted == 1
     assert nll == pytest.approx(float(logits[0, 0, 0] - found[0, 0, 0]))
     assert kl == pytest.approx(float((logits[0, 0].exp() * (logits[0, 0] - found[0, 0])).sum()))
+
+
+def test_data_that_float_cannot_guess_at_all_is_refused(samples):
+    model = tiny()
+    first = samples.tokens[:2, :1]
+    with torch.no_grad():
+        worst = model(input_ids=first).logits[:, -1].argmin(-1, keepdim=True)
+    made = Harness(model, load_recipe("int8"), Samples("worst", torch.cat([first, worst], 1), ""))
+    made.calibrated(load_recipe("int8"))
+    with pytest.raises(QDeltaNetError, match="no token of the second half of the samples counts"):
+        made.loss()
 
 
 def test_error_of_T_falls_with_bits_and_order():
@@ -190,6 +232,35 @@ def test_search_meets_its_budget_at_less_cost(samples):
         search(harness(samples), load_recipe("int8"), price, 1e-9, QUICK, journal=journal)
 
 
+def test_power_of_two_base_and_references(samples):
+    """Scales of a candidate follow the base's mode; a reference with other projections cannot be measured here."""
+    base = load_recipe("int8", ["requantize=power_of_two", "name=shifts"])
+    references = [load_recipe("int8"), load_recipe("int8", ["name=whole", "projections={'*': {}}"])]
+    assert references[1].layer(0).projections
+    settings = Settings(**{**vars(QUICK), "uniform": True})
+    found = search(harness(samples), base, price, LOOSE, settings, references=references)
+    assert found.recipe.requantize == "power_of_two"
+    assert found.point.choices["*"]["inverse"] != BASE
+    assert [p.name for p in found.references] == ["int8"]
+    assert found.left_out == ["whole"]
+
+
+def test_a_base_without_a_finite_loss_is_refused(samples):
+    journal = Journal(None, {})
+    journal.measured["loss base"] = Loss(math.inf, math.inf).as_list()
+    with pytest.raises(QDeltaNetError, match="base recipe int8: its loss is not finite"):
+        search(harness(samples), load_recipe("int8"), price, LOOSE, QUICK, journal=journal)
+
+
+def test_an_infinite_loss_is_null():
+    good, lost = (Point("p", 1.0, 0.1, loss, {}) for loss in (Loss(0.1, 0.1), Loss(math.inf, math.inf)))
+    found = Found(load_recipe("int8"), good, [good, lost], good, [lost], [], {"0": {"loss": math.inf}})
+    result = content(found, PROFILE, 0.5, {})
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["references"][0]["loss"] == {"kl": None, "nll": None}
+    assert picture(result).startswith(b"\x89PNG")
+
+
 def test_uniform_gives_all_layers_one_choice(samples):
     settings = Settings(**{**vars(QUICK), "uniform": True})
     found = search(harness(samples), load_recipe("int8"), price, LOOSE, settings)
@@ -222,7 +293,8 @@ def run_to(output: Path, samples: Samples, stop: int | None = None, budget: floa
 
     settings = more.pop("settings", QUICK)
     base = load_recipe("int8")
-    return search_to(output, tiny(), base, samples, PROFILE, budget, settings, progress=progress, **more)
+    model = more.pop("model", None) or tiny()
+    return search_to(output, model, base, samples, PROFILE, budget, settings, progress=progress, **more)
 
 
 def test_resumed_and_refused(samples, tmp_path):
@@ -251,6 +323,32 @@ def test_resumed_and_refused(samples, tmp_path):
     (cut.parent / "found.search.json").write_text("{")
     with pytest.raises(QDeltaNetError, match="no record of a search"):
         run_to(cut, samples, budget=1.0)
+
+
+def test_a_refusal_leaves_nothing(samples, tmp_path):
+    output = tmp_path / "found.yaml"
+    with pytest.raises(QDeltaNetError, match="must be a positive number"):
+        run_to(output, samples, budget=0.0)
+    assert not list(tmp_path.iterdir())
+    output.write_text("name: mine")
+    with pytest.raises(QDeltaNetError, match="is there already"):
+        run_to(output, samples)
+    assert [p.name for p in tmp_path.iterdir()] == ["found.yaml"]
+
+
+def test_measurements_of_another_machine_are_not_taken(samples, tmp_path, monkeypatch):
+    output = tmp_path / "found.yaml"
+    with pytest.raises(Cut):
+        run_to(output, samples, 1)
+    request = json.loads((tmp_path / "found.search.json").read_text())["request"]
+    assert (request["dtype"], request["device"]) == ("float32", "cpu")
+    assert request["versions"]["torch"] == torch.__version__
+    half = load_model(model_path("tiny-recall"), "bfloat16")
+    with pytest.raises(QDeltaNetError, match=r"of another search \(.*dtype differ"):
+        run_to(output, samples, model=half)
+    monkeypatch.setattr("qdeltanet.calib.search.session.VERSION", 0)
+    with pytest.raises(QDeltaNetError, match=r"of another search \(versions differs\)"):
+        run_to(output, samples)
 
 
 # -- the published method ----------------------------------------------------------------------------------------------

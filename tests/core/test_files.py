@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qdeltanet.core import QDeltaNetError
-from qdeltanet.core.files import check_output, sha256_file, whole_directory, write_text
+from qdeltanet.core.files import check_file, check_output, sha256_file, whole_directory, write_text
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:
@@ -59,3 +59,15 @@ def test_text_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert sha256_file(path) == hashlib.sha256(b"b").hexdigest()
     with pytest.raises(QDeltaNetError, match="cannot write"):
         write_text(path / "below" / "a-file", "x")
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("here")
+    check_file(None)
+    check_file(tmp_path / "new" / "deep" / "x.json")
+    check_file(tmp_path / "text.txt")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(QDeltaNetError, match=r"text\.txt is a file, not a folder"):
+        check_file(tmp_path / "text.txt" / "x.json")
+    with pytest.raises(QDeltaNetError, match="it is a folder; name a file"):
+        check_file(tmp_path)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from qdeltanet.backends import get_backend
 from qdeltanet.core import Granularity, IntegerArithmetic, IntFormat, QDeltaNetError, SiteScheme
+from qdeltanet.delta_rule.error_bound import integer_errors
 from qdeltanet.delta_rule.laboratory import InverseScheme, exact_inverse, invert_float, relative_errors
 from qdeltanet.delta_rule.measure import Measured, Specimens, Trial, measure
 from qdeltanet.inverse import INPUT, METHODS, Plan, plan, run_plan
 from qdeltanet.inverse.families import FAMILIES, UNIFORM, Shape
+from qdeltanet.inverse.methods.block_merge import radices_of
 from qdeltanet.inverse.points import points, published_neumann
 
 METHOD_NAMES = [name for name in METHODS if name != "identity"]
@@ -103,6 +105,22 @@ def test_eight_steps_diverge_on_correlated_keys() -> None:
 def test_published_points() -> None:
     assert published_neumann(64) == {"order": 3, "band": 3, "residual_steps": 8}
     assert published_neumann(32) == {"order": 4, "band": 4, "residual_steps": 3}
+    assert published_neumann(128) == published_neumann(16) == published_neumann(64)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 8, 32, 128])
+def test_points_fit_every_chunk_size(chunk_size: int) -> None:
+    """Each option of a method is taken: none is refused and left out."""
+    found = [p.plan.options["radices"] for p in points(chunk_size, ["block_merge"])]
+    assert {(2,) * (chunk_size.bit_length() - 1), (chunk_size,)} <= set(found)
+    assert all(math.prod(r) == chunk_size for r in found)
+
+
+def test_radices_are_cut_to_the_chunk() -> None:
+    assert radices_of(64, 4) == [4, 4, 4]
+    assert radices_of(128, 4) == [4, 4, 4, 2]
+    assert radices_of(128, 16, 128) == [16, 8]
+    assert radices_of(8, 16, 8) == [8]
 
 
 # -- the default method ------------------------------------------------------------------------------------------------
@@ -171,6 +189,32 @@ def test_bound_says_something_where_little_cancels() -> None:
     m = Trial(plan(chunk_size=16), some).measure("int8")["iid"]
     assert m.theory is not None
     assert m.worst <= m.theory < 10 * m.worst
+
+
+@pytest.mark.parametrize("method", ["bunch_hopcroft", "mixed", "cayley_hamilton"])
+def test_bound_of_explicit_diagonals_is_as_tight(method: str) -> None:
+    """The identity that they add is exact."""
+    some = every_family(16, 16)
+    explicit = Trial(plan(method, 16), some).measure("fp32")["iid"].theory
+    implicit = Trial(plan(method, 16, diagonal="implicit"), some).measure("fp32")["iid"].theory
+    assert explicit is not None
+    assert implicit is not None
+    assert explicit < 3 * implicit < 1e-4
+
+
+def test_bound_counts_the_roundings_of_float32() -> None:
+    """On the way in, A a hair above the middle of two codes: as float32 it is a tie, and rounded down."""
+    p = plan("truncated_neumann", 16, order=4)
+    fmt, scale = IntFormat(16), torch.tensor(2.0**-10).reshape(1, 1, 1)
+    sites = [INPUT, "T", *(f"inverse.{r}" for r in p.registers)]
+    bound = integer_errors(p, dict.fromkeys(sites, fmt), dict.fromkeys(sites, scale))
+    x = torch.full((1, 2, 2), (1000.5 + 2.0**-20) * 2.0**-10, dtype=torch.float64)
+    entered = bound.quantize(INPUT, x)
+    assert (x - 1000 * 2.0**-10).abs().max() <= entered.codes[1].min()
+    three = max(len(s.summands) + (s.right is not None) for s in p.steps)
+    first = bound.addend(entered).acc[1] - entered.codes[1]
+    assert three >= 3
+    assert first.min() >= (three + 2) * 2.0**-24 * float(x.max())  # conversion, multiplier, product, sums
 
 
 def test_bound_holds_where_scales_clip() -> None:

@@ -15,12 +15,20 @@ from qdeltanet.checkpoint import write_tensors
 from qdeltanet.cli import app
 from qdeltanet.core import QDeltaNetError
 from qdeltanet.eval.bench.stability import FORMATS, METHOD_NAMES, Request, stability
-from qdeltanet.eval.bench.stability_table import counted, default_ratios, figure, label, ratios, worst_ratio
+from qdeltanet.eval.bench.stability_table import (
+    counted,
+    default_ratios,
+    figure,
+    label,
+    matrix_counts,
+    ratios,
+    worst_ratio,
+)
 from qdeltanet.inverse import METHODS
 from qdeltanet.inverse.families import FAMILIES, UNIFORM, Shape
 
 KEYS = ["method", "options", "default", "family", "format", "chunk_size", "scale", "median", "worst", "worst_to_floor"]
-KEYS += ["max_intermediate", "overflow", "theory"]
+KEYS += ["max_intermediate", "overflow", "theory", "matrices", "saturated"]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,15 @@ def test_rows_are_valid_json_and_sound(rows: list[dict]) -> None:
             assert r["theory"] is None or r["worst"] <= r["theory"]
     identical = {r["worst"] for r in rows if r["family"] == "orthogonal"}
     assert identical == {0.0}
+
+
+def test_rows_say_how_many_matrices_and_how_many_clipped_codes(rows: list[dict]) -> None:
+    """1024 tokens in chunks of 16 are 64 matrices, half of them measured; methods that go row by row get a quarter."""
+    thinned = {"newton_schulz", "column_sweep", "forward_substitution"}
+    assert {(r["method"] in thinned, r["matrices"]) for r in rows} == {(False, 32), (True, 8)}
+    assert matrix_counts(rows) == "32; newton_schulz, column_sweep, forward_substitution 8"
+    assert all(r["saturated"] == 0 for r in rows if r["scale"] in (None, "bound"))
+    assert any(r["saturated"] > 0 for r in rows if r["format"] == "int4")
 
 
 def test_one_method_is_the_default_and_within_twice_the_floor(rows: list[dict]) -> None:
@@ -104,6 +121,7 @@ def test_command_prints_a_table_and_writes_rows(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "2 families: ones, iid" in done.output
+    assert "matrices measured of a family: 256\n" in done.output
     assert "default method, worst error / floor: int8 1." in done.output
     written = json.loads(out.read_text())
     assert {r["family"] for r in written["rows"]} == {"ones", "iid"}
@@ -140,6 +158,20 @@ def test_families_of_files(tmp_path: Path) -> None:
     rows = [r for r in stability(request) if r["default"]]
     assert [r["family"] for r in rows] == ["ones", "m/iid", "m/silu", "m/correlated", "m/repeated"]
     assert all(r["worst_to_floor"] <= 2 for r in rows)
+
+
+def test_a_limit_holds_for_registers_of_given_matrices(tmp_path: Path) -> None:
+    """|A| and |T| are within 1 here, and blocks that are merged are not: A is of no delta rule."""
+    A = torch.zeros(1, 2, 16, 16)
+    for i, j, value in ((1, 0, 1), (2, 0, 1), (2, 1, -1), (3, 0, 1), (3, 2, 1)):
+        A[..., i, j] = value
+    path = tmp_path / "given.safetensors"
+    write_tensors(path, {"A": A})
+    rows = stability(Request(formats=("int16",), chunk_sizes=(16,), matrices=path))
+    assert max(r["worst"] for r in rows if r["method"] in ("block_merge", "bunch_hopcroft")) < 1e-3
+    bound = [r for r in rows if r["scale"] == "bound"]
+    assert {"block_merge", "column_sweep"} <= {r["method"] for r in bound}
+    assert sum(r["saturated"] for r in bound) == 0
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,11 @@ def test_importing_loads_nothing_heavy(statement: str) -> None:
     assert loaded & HEAVY <= loaded_after("import torch") & HEAVY
 
 
+def test_the_command_answers_before_torch_is_loaded() -> None:
+    """OMP_WAIT_POLICY is read when torch loads, and the command sets it first; --help wants no torch at all."""
+    assert "torch" not in loaded_after("import qdeltanet.cli")
+
+
 def test_packages_are_listed() -> None:
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]

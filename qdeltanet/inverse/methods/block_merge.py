@@ -41,7 +41,7 @@ def block_merge(
     `explicit` registers hold I + L, as published, instead of L; the products are the same (join `powers` only). Raises
     QDeltaNetError for radices that do not fit, another join or another diagonal.
     """
-    radices = list(radices) if radices is not None else _default_radices(chunk_size)
+    radices = list(radices) if radices is not None else radices_of(chunk_size, TILE, chunk_size)
     _check(chunk_size, radices)
     check_choice("block_merge", "join", join, JOINS)
     check_choice("block_merge", "diagonal", diagonal, DIAGONALS)
@@ -55,7 +55,7 @@ def block_merge(
         last = block * radix == chunk_size
         if join == "eager" and radix > 2:
             merged, new = eager_level(block, radix, merged, last)
-            limited = {s.out for s in new}
+            limited = {s.out for s in new if not s.is_copy}
         else:
             merged, new, limited = merge_level(block, radix, merged, last, explicit=diagonal == "explicit")
         steps += new
@@ -65,8 +65,17 @@ def block_merge(
     return Plan("block_merge", chunk_size, tuple(steps), options, frozenset(bounded))
 
 
-def _default_radices(chunk_size: int) -> list[int]:
-    return [TILE, chunk_size // TILE] if chunk_size > TILE else [chunk_size]
+def radices_of(chunk_size: int, first: int, *rest: int) -> list[int]:
+    """These radices in order, the last one again and again, each at most what is left to join.
+
+    >>> radices_of(32, 4), radices_of(128, 16, 128)
+    ([4, 4, 2], [16, 8])
+    """
+    wanted, found, left = [*rest[::-1], first], [], chunk_size
+    while left > 1:
+        found.append(min(wanted.pop() if len(wanted) > 1 else wanted[0], left))
+        left //= found[-1]
+    return found
 
 
 def merge_level(
