@@ -43,6 +43,30 @@ class MinMaxObserver:
         return self._amax
 
 
+class _Counts:
+    """Exact counts of |x| per scale in logarithmic bins: the top bits of its float32 pattern, `lowest` and below in the
+    first of `bins`, what lies beyond in the last."""
+
+    def __init__(self, shift: int, lowest: int, bins: int) -> None:
+        self.shift, self.lowest, self.bins = shift, lowest, bins
+        self._counts: Tensor | None = None
+
+    def update(self, groups: Tensor) -> None:
+        shape = groups.shape[1:-1]
+        n = shape.numel()
+        values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
+        index = ((values.view(torch.int32) >> self.shift) - self.lowest).clamp(0, self.bins - 1)
+        flat = (index.long() + torch.arange(n, device=index.device) * self.bins).flatten()
+        counts = torch.bincount(flat, minlength=n * self.bins).view(*shape, self.bins)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    @property
+    def counts(self) -> Tensor:
+        """[h, r, c, bins] int64."""
+        assert self._counts is not None
+        return self._counts
+
+
 class PercentileObserver:
     """A percentile of |x| over everything that one scale covers, from exact counts in logarithmic bins.
 
@@ -52,29 +76,23 @@ class PercentileObserver:
 
     def __init__(self, percentile: float) -> None:
         self.percentile = percentile
-        self._counts: Tensor | None = None
+        self._histogram = _Counts(16, 0, BINS)
         self._max = MinMaxObserver()
 
     def update(self, groups: Tensor) -> None:
         self._max.update(groups)
-        shape = groups.shape[1:-1]
-        n = shape.numel()
-        if n > 4096:
+        if groups.shape[1:-1].numel() > 4096:
             raise QDeltaNetError(
                 "the percentile observer needs per_tensor or per_head scales; use observer.kind=minmax or mse"
             )
-        values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
-        bins = values.view(torch.int32) >> 16
-        flat = (bins.long() + torch.arange(n, device=bins.device) * BINS).flatten()
-        counts = torch.bincount(flat, minlength=n * BINS).view(*shape, BINS)
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._histogram.update(groups)
 
     def amax(self) -> Tensor:
         top = self._max.amax()
-        assert self._counts is not None
-        total = self._counts.sum(-1, keepdim=True)
+        counts = self._histogram.counts
+        total = counts.sum(-1, keepdim=True)
         wanted = torch.ceil(total.double() * self.percentile / 100).long().clamp(min=1)
-        index = (self._counts.cumsum(-1) < wanted).sum(-1)
+        index = (counts.cumsum(-1) < wanted).sum(-1)
         edge = (((index + 1) << 16) - 1).to(torch.int32).view(torch.float32)
         return torch.minimum(edge, top)
 
@@ -92,22 +110,15 @@ class MseObserver:
 
     def __init__(self, qmax: int) -> None:
         self.qmax = qmax
-        self._counts: Tensor | None = None
+        self._histogram = _Counts(self.SHIFT, self.LOWEST, self.BINS)
         self._max = MinMaxObserver()
 
     def update(self, groups: Tensor) -> None:
         self._max.update(groups)
-        shape = groups.shape[1:-1]
-        n = shape.numel()
-        values = groups.movedim(-1, 1).reshape(-1, n).abs().to(torch.float32).contiguous()
-        bins = ((values.view(torch.int32) >> self.SHIFT) - self.LOWEST).clamp(0, self.BINS - 1)
-        flat = (bins.long() + torch.arange(n, device=bins.device) * self.BINS).flatten()
-        counts = torch.bincount(flat, minlength=n * self.BINS).view(*shape, self.BINS)
-        self._counts = counts if self._counts is None else self._counts + counts
+        self._histogram.update(groups)
 
     def amax(self) -> Tensor:
         top = self._max.amax()
-        assert self._counts is not None
         edges = (torch.arange(self.BINS, device=top.device) + self.LOWEST) << self.SHIFT
         middles = (edges + (1 << (self.SHIFT - 1))).to(torch.int32).view(torch.float32)
         best, least = top, torch.full_like(top, float("inf"))
@@ -118,10 +129,9 @@ class MseObserver:
 
     def _error(self, middles: Tensor, amax: Tensor) -> Tensor:
         """Sum of squared differences per scale, [h, r, c]."""
-        assert self._counts is not None
         scale = amax.clamp(min=TINY)[..., None] / self.qmax
         codes = torch.round(middles / scale).clamp(max=self.qmax)
-        return ((middles - codes * scale).square() * self._counts).sum(-1)
+        return ((middles - codes * scale).square() * self._histogram.counts).sum(-1)
 
 
 def make_observer(kind: str, percentile: float, qmax: int) -> Observer:

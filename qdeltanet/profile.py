@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ._yaml import read_mapping
 from .core import QDeltaNetError, unknown
 from .inverse import Profile
 
@@ -107,19 +107,8 @@ def shipped_profiles() -> dict[str, Path]:
 
 def load_profile(name_or_path: str | Path) -> Profile:
     """A shipped profile by name, or a YAML file. Raises QDeltaNetError, one line, that names the file and field."""
-    shipped = shipped_profiles()
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped:
-        path = shipped[str(name_or_path)]
-    elif not path.is_file():
-        raise unknown("profile", str(name_or_path), shipped)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise QDeltaNetError(f"{path}: not YAML ({str(e).splitlines()[0]})") from e
-    if not isinstance(content, dict):
-        raise QDeltaNetError(f"{path}: a profile is a mapping with keys {', '.join(ProfileFile.model_fields)}")
-    return parse_profile(content, where=path.name)
+    where, content = read_mapping("profile", name_or_path, shipped_profiles(), ProfileFile.model_fields)
+    return parse_profile(content, where=where)
 
 
 def parse_profile(content: Mapping[str, Any], where: str = "profile") -> Profile:

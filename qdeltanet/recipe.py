@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ._yaml import read_mapping
 from .core import (
     ROTATIONS,
     Granularity,
@@ -302,21 +303,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Raises QDeltaNetError that names the file, key and nearest valid name.
     """
-    shipped = shipped_recipes()
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped:
-        path = shipped[str(name_or_path)]
-    elif not path.is_file():
-        raise unknown("recipe", str(name_or_path), shipped)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise QDeltaNetError(f"{path}: not YAML ({str(e).splitlines()[0]})") from e
-    if not isinstance(content, dict):
-        raise QDeltaNetError(f"{path}: a recipe is a mapping with keys {', '.join(Recipe.model_fields)}")
+    where, content = read_mapping("recipe", name_or_path, shipped_recipes(), Recipe.model_fields)
     for override in overrides:
         apply_override(content, override)
-    return parse_recipe(content, where=path.name)
+    return parse_recipe(content, where=where)
 
 
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..core import QDeltaNetError
+from ..core.files import write_bytes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -26,13 +25,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the file whole or not at all. Raises QDeltaNetError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial)
-        os.replace(partial, path)
-    except OSError as e:
-        raise QDeltaNetError(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_bytes(path, save({name: x.contiguous() for name, x in tensors.items()}))
