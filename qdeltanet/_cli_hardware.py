@@ -143,10 +143,10 @@ def bench_model(
     from .backends import check_device
     from .checkpoint import load_calibration
     from .eval.bench.model import model_cases
-    from .workflow import evaluation_rows, recipe_of
+    from .workflow import evaluation_rows, recipe_of, row_name
 
     check_device(device)
-    named = [(text, recipe_of(text)) for text in recipe or ("int8",)]
+    named = [(row_name(text), recipe_of(text)) for text in recipe or ("int8",)]
     loaded = [load_calibration(path) for path in calibration or ()]
     rows = evaluation_rows(model, named, loaded, execution="integer", backend=backend, device=device, say=say(quiet))
     asked = [(row.name, row.recipe, row.calibration) for row in rows if row.recipe is not None]

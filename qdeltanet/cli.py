@@ -181,13 +181,13 @@ def evaluate_command(
     from .core.files import write_text
     from .eval.evaluate import Row, evaluate
     from .nn import EXECUTIONS
-    from .workflow import evaluation_rows, recipe_of, versions
+    from .workflow import evaluation_rows, recipe_of, row_name, versions
 
     if execution not in EXECUTIONS:
         raise unknown("execution", execution, EXECUTIONS)
     backend = get_backend(backend, check_device(device)).name
     loaded = [load_calibration(path) for path in calibration or ()]
-    named = [(text, recipe_of(text, overrides or ())) for text in recipe or ()]
+    named = [(row_name(text), recipe_of(text, overrides or ())) for text in recipe or ()]
     named += [(c.recipe.name, c.recipe) for c in loaded if not named]
     if named:
         rows = evaluation_rows(

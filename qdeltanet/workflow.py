@@ -43,6 +43,12 @@ def recipe_of(text: str, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(name, [*more, *overrides])
 
 
+def row_name(text: str) -> str:
+    """What a table calls `NAME_OR_FILE[+key=value...]`: a file by its stem."""
+    name, *more = text.split("+")
+    return "+".join([Path(name).stem if name.endswith((".yaml", ".yml")) else name, *more])
+
+
 def run_calibration(
     model_name: str,
     recipe: Recipe,

@@ -43,7 +43,7 @@ def test_killed_and_taken_up_again(tmp_path):
     assert set(chosen["choices"]) == set(load_recipe(whole / "found.yaml").layers) == {"0", "1"}
     refused = run("search", "tiny-recall", *QUICK, "--seed", "1", "-o", str(whole / "found.yaml"))
     assert refused.returncode == 2
-    assert "settings differs" in refused.stderr
+    assert "settings.seed was 0, is 1" in refused.stderr
 
 
 def wait_for(journal: Path, measurements: int) -> None:

@@ -12,6 +12,7 @@ from ...core import QDeltaNetError
 from ...core.files import write_text
 
 VERSION = 2  # of what is measured and under which names; a request holds it
+SHOWN = 40  # characters of a value in a refusal
 
 
 def digest(content: Any) -> str:
@@ -68,5 +69,18 @@ class Journal:
 
 
 def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    names = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
-    return ", ".join(names) + " differ" + ("s" if len(names) == 1 else "")
+    """`settings.keep was 12, is 3`; of long values (hashes) only that they differ."""
+    old, new = _flat(there), _flat(asked)
+    found = []
+    for key in {**old, **new}:
+        was, now = (str(x.get(key)) for x in (old, new))
+        if was != now:
+            found.append(f"{key} differs" if max(len(was), len(now)) > SHOWN else f"{key} was {was}, is {now}")
+    return "; ".join(found)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in content.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
