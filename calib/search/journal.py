@@ -10,6 +10,7 @@ from typing import Any
 
 from ...core import QDeltaNetError
 from ...core.files import write_text
+from ...recipe import flat
 
 VERSION = 2  # of what is measured and under which names; a request holds it
 SHOWN = 40  # characters of a value in a refusal
@@ -70,17 +71,10 @@ class Journal:
 
 def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """`settings.keep was 12, is 3`; of long values (hashes) only that they differ."""
-    old, new = _flat(there), _flat(asked)
+    old, new = flat(there), flat(asked)
     found = []
     for key in {**old, **new}:
         was, now = (str(x.get(key)) for x in (old, new))
         if was != now:
             found.append(f"{key} differs" if max(len(was), len(now)) > SHOWN else f"{key} was {was}, is {now}")
     return "; ".join(found)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in content.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return result
