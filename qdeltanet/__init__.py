@@ -4,13 +4,7 @@ Importing it loads neither transformers nor datasets nor brevitas, and yet makes
 `import qdeltanet; AutoModelForCausalLM.from_pretrained(CKPT)`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from ._hook import install as _install
-
-try:
-    __version__ = version("qdeltanet")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+from ._version import __version__ as __version__
 
 _install()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,55 +73,56 @@ def _device_of(backend: str) -> str:
     return "npu:0" if backend == "npu" and module is not None and module.is_available() else "cpu"
 
 
-@bench.command("inverse", epilog="Example: qdeltanet bench inverse --json inverse.json")
-def bench_inverse(
-    batch: Batch = 1,
-    tokens: Tokens = 2048,
-    key_heads: KeyHeads = 16,
-    value_heads: ValueHeads = 32,
-    head_dim: HeadDim = 128,
-    chunk_size: ChunkSize = 64,
-    backend: Backend = "auto",
-    device: Device = "cpu",
-    rounds: Rounds = 15,
-    threads: Threads = 2,
-    keep_memory: KeepMemory = False,
-    quiet: Quiet = False,
-    json_file: Json = None,
-) -> None:
-    """The triangular inverse alone: float and INT8 against LAPACK's solver and the row loop; Triton against FLA."""
-    from .backends import check_device
-    from .eval.bench.delta_rule import Size
+def _rule_benchmark(name: str, cases_of: Callable[[], Callable[..., Iterable[Any]]], default_rounds: int) -> Any:
+    """A command over sizes of the rule. cases_of: imports what makes its cases, when the command runs."""
+
+    def command(
+        batch: Batch = 1,
+        tokens: Tokens = 2048,
+        key_heads: KeyHeads = 16,
+        value_heads: ValueHeads = 32,
+        head_dim: HeadDim = 128,
+        chunk_size: ChunkSize = 64,
+        backend: Backend = "auto",
+        device: Device = "cpu",
+        rounds: Rounds = default_rounds,
+        threads: Threads = 2,
+        keep_memory: KeepMemory = False,
+        quiet: Quiet = False,
+        json_file: Json = None,
+    ) -> None:
+        from .backends import check_device
+        from .eval.bench.delta_rule import Size
+
+        size = Size(batch, tokens, key_heads, value_heads, head_dim, chunk_size)
+        cases = cases_of()(size, check_device(device), backend)
+        _bench(f"{name}: {size}", cases, device, rounds, threads, keep_memory, quiet, json_file)
+
+    return command
+
+
+def _inverse_cases() -> Callable[..., Iterable[Any]]:
     from .eval.bench.inverse import inverse_cases
 
-    size = Size(batch, tokens, key_heads, value_heads, head_dim, chunk_size)
-    cases = inverse_cases(size, check_device(device), backend)
-    _bench(f"inverse: {size}", cases, device, rounds, threads, keep_memory, quiet, json_file)
+    return inverse_cases
 
 
-@bench.command("delta-rule", epilog="Example: qdeltanet bench delta-rule --tokens 2048 --json rule.json")
-def bench_delta_rule(
-    batch: Batch = 1,
-    tokens: Tokens = 2048,
-    key_heads: KeyHeads = 16,
-    value_heads: ValueHeads = 32,
-    head_dim: HeadDim = 128,
-    chunk_size: ChunkSize = 64,
-    backend: Backend = "auto",
-    device: Device = "cpu",
-    rounds: Rounds = 7,
-    threads: Threads = 2,
-    keep_memory: KeepMemory = False,
-    quiet: Quiet = False,
-    json_file: Json = None,
-) -> None:
-    """The whole chunkwise rule: float and exact integers against transformers' float and Brevitas' fake ones."""
-    from .backends import check_device
-    from .eval.bench.delta_rule import Size, delta_rule_cases
+def _delta_rule_cases() -> Callable[..., Iterable[Any]]:
+    from .eval.bench.delta_rule import delta_rule_cases
 
-    size = Size(batch, tokens, key_heads, value_heads, head_dim, chunk_size)
-    cases = delta_rule_cases(size, check_device(device), backend)
-    _bench(f"delta rule: {size}", cases, device, rounds, threads, keep_memory, quiet, json_file)
+    return delta_rule_cases
+
+
+bench.command(
+    "inverse",
+    help="The triangular inverse alone: float and INT8 against LAPACK's solver and the row loop; Triton against FLA.",
+    epilog="Example: qdeltanet bench inverse --json inverse.json",
+)(_rule_benchmark("inverse", _inverse_cases, 15))
+bench.command(
+    "delta-rule",
+    help="The whole chunkwise rule: float and exact integers against transformers' float and Brevitas' fake ones.",
+    epilog="Example: qdeltanet bench delta-rule --tokens 2048 --json rule.json",
+)(_rule_benchmark("delta rule", _delta_rule_cases, 7))
 
 
 @bench.command("model", epilog="Example: qdeltanet bench model tiny-hybrid --recipe int8 --recipe int4")

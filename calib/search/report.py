@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ..._pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, png
 from ...core.files import sha256_file, write_bytes, write_text
 from ...inverse import Profile
 from ...recipe import Recipe
 from .run import Found
-
-# Okabe and Ito's colours, told apart by all kinds of sight.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 
 
 def journal_path(output: Path) -> Path:
@@ -97,11 +94,7 @@ def plain(value: Any) -> Any:
 
 def picture(result: Mapping[str, Any]) -> bytes:
     """PNG of loss over cost: the recipes measured, the chosen one, base and references, the budget."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.5, dpi=150)
     axes = figure.add_subplot()
     _scatter(axes, result["front"], "measured", "o", BLUE, 28)
     for point, marker, colour in zip(result["references"], "^vD", (ORANGE, PURPLE, GREY), strict=False):
@@ -112,9 +105,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
     axes.set(xlabel="modelled cost of all rules, ns per token", ylabel="loss over float, nats per token", yscale="log")
     axes.set_title(f"{result['profile']['name']}: cost against loss")
     axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png", metadata={"Software": None})
-    return data.getvalue()
+    return png(figure)
 
 
 def _scatter(axes: Any, points: Sequence[Mapping[str, Any]], label: str, marker: str, colour: str, size: int) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..._version import __version__
 from ...core import QDeltaNetError
 from ...delta_rule import Dimensions, LayerScheme, rule_cost
 from ...inverse import Profile
@@ -75,18 +75,11 @@ def _request(
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "versions": {"qdeltanet": _version(), "torch": str(torch.__version__), "journal": VERSION},
+        "versions": {"qdeltanet": __version__, "torch": str(torch.__version__), "journal": VERSION},
         "threads": torch.get_num_threads(),  # sums of floats depend on it
         "profile": {"name": profile.name, "sha256": digest(numbers(profile))},
         "settings": plain(asdict(settings)),
     }
-
-
-def _version() -> str:
-    try:
-        return version("qdeltanet")
-    except PackageNotFoundError:  # a source tree that is not installed
-        return "0+unknown"
 
 
 def _check_name(output: Path) -> None:

@@ -25,8 +25,7 @@ from ...inverse import Plan, Profile, plan, plan_cost, run_plan
 from ...inverse.methods.block_merge import radices_of
 from ...inverse.speedups import alike
 from .delta_rule import Size, inputs_of
-from .inverse import TOLERANCE, integer_inverse, ut_matrices
-from .inverse import _equals as equals_reference
+from .inverse import TOLERANCE, equals_reference, integer_inverse, ut_matrices
 from .timing import Case, Progress, Settings, keep_memory, run_cases, threads
 
 Run = Callable[[], Any]

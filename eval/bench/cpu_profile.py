@@ -12,7 +12,7 @@ from ...core import FLOAT32_EXACT, IntFormat, Target, Term, requantize
 from ...inverse import plan, run_plan
 from ...inverse.hardware import REQUANTIZE
 from .inverse import integer_inverse
-from .timing import _quantile, _timed, keep_memory, threads
+from .timing import keep_memory, quantile, threads, timed
 
 Run = Callable[[], Any]
 EDGE = 32  # of the products that the rates are measured at: between the leaves and the whole
@@ -43,7 +43,7 @@ def measure_cpu(matrices: int = 128, rounds: int = 15) -> dict[str, float]:
 
         def ns(run: Run) -> float:
             run()
-            return _quantile([_timed(run, "cpu") for _ in range(rounds)], 0.5) * 1e9
+            return quantile([timed(run, "cpu") for _ in range(rounds)], 0.5) * 1e9
 
         macs = count * EDGE**3
         copy = ns(x.clone)

@@ -68,8 +68,9 @@ def inverse_cases(size: Size, device: str = "cpu", backend: str = "auto") -> Ite
         return run_plan(p, operand, arithmetic)
 
     label = f"int8 {arithmetic.backend.name}"
-    yield Case(f"INT8 inverse, {name}", label, integers, "solve_triangular(I)", solver, _equals(p, operand, arithmetic))
-    yield from _gpu_cases(A, p, name, integers, label, near, _equals(p, operand, arithmetic))
+    equal = equals_reference(p, operand, arithmetic)
+    yield Case(f"INT8 inverse, {name}", label, integers, "solve_triangular(I)", solver, equal)
+    yield from _gpu_cases(A, p, name, integers, label, near, equal)
 
 
 def integer_inverse(A: Tensor, p: Plan, device: str, backend: str, bits: int = 8) -> tuple[IntegerArithmetic, Operand]:
@@ -89,7 +90,7 @@ def integer_inverse(A: Tensor, p: Plan, device: str, backend: str, bits: int = 8
     return arithmetic, arithmetic.quantize("A", A)
 
 
-def _equals(p: Plan, operand: Operand, arithmetic: IntegerArithmetic) -> Callable[[], tuple[bool, str]]:
+def equals_reference(p: Plan, operand: Operand, arithmetic: IntegerArithmetic) -> Callable[[], tuple[bool, str]]:
     def verify() -> tuple[bool, str]:
         """Codes of T equal reference's, every element that is timed."""
         assert operand.scale is not None

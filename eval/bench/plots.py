@@ -1,15 +1,14 @@
-"""Pictures of the laboratory, for docs/inversion.md and reports; matplotlib is imported only here."""
+"""Pictures of the laboratory, for docs/inversion.md and reports."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..._pictures import BLUE, COLOURS, GREY, new_figure, png
 from ...core import IntFormat, SiteScheme
 from ...core.files import write_bytes
 from ...delta_rule.laboratory import exact_inverse
@@ -18,34 +17,16 @@ from ...inverse.families import FAMILIES, Shape
 from ...inverse.speedups import alike
 from .stability_table import Row, counted, label, worst_ratio
 
-# Okabe and Ito's palette: told apart by the colour-blind, and in grey by the markers beside them.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN = ("iid", "silu", "repeated", "correlated", "ones")
 LIMIT = 1e6  # right end of an axis of ratios; beyond it, and for overflow, a marker stands at the end
 SEED = 3
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    FigureCanvasAgg(made)
-    return made
-
-
-def _save(figure: Any, path: Path) -> None:
-    """PNG, whole or not at all, without a date in it."""
-    data = BytesIO()
-    figure.savefig(data, format="png", metadata={"Software": None})
-    write_bytes(path, data.getvalue())
-
-
 def plot_powers(path: Path, chunk_size: int = 64) -> None:
     """Why the inverse is hard: the largest entry of A^n by n for some families, beside what the inverse itself and the
     registers of the default method reach."""
-    figure = _figure(8, 4)
+    figure = new_figure(8, 4)
     axes, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     reached = {}
     for name, colour, marker in zip(SHOWN, COLOURS, MARKERS, strict=False):
@@ -64,7 +45,7 @@ def plot_powers(path: Path, chunk_size: int = 64) -> None:
     bars.set_yticks([i + 0.2 for i in range(len(SHOWN))], SHOWN)
     bars.set(xlabel="largest entry", title="What has to be held", xlim=(0, 1.1), ylim=(-0.4, len(SHOWN) + 0.9))
     bars.legend(fontsize=8, loc="upper right")
-    _save(figure, path)
+    write_bytes(path, png(figure))
 
 
 def _powers(A: torch.Tensor) -> list[float]:
@@ -79,7 +60,7 @@ def _powers(A: torch.Tensor) -> list[float]:
 def plot_methods(rows: Iterable[Row], path: Path, formats: Sequence[str] = ("int16", "int8", "int4")) -> None:
     """Worst error over the floor by method, one marker per format; rows as `stability` gives them."""
     cells = _cells(rows, formats)
-    figure = _figure(8, 1.2 + 0.24 * len(cells))
+    figure = new_figure(8, 1.2 + 0.24 * len(cells))
     axes = figure.subplots()
     places = range(len(cells), 0, -1)
     for name, colour, marker in zip(formats, COLOURS, MARKERS, strict=False):
@@ -96,7 +77,7 @@ def plot_methods(rows: Iterable[Row], path: Path, formats: Sequence[str] = ("int
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8, loc="upper right")
     axes.set_title(f"Every method, worst family, chunks of {', '.join(sorted({str(r['chunk_size']) for r in rows}))}")
-    _save(figure, path)
+    write_bytes(path, png(figure))
 
 
 def _cells(rows: Iterable[Row], formats: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -111,12 +92,12 @@ def _cells(rows: Iterable[Row], formats: Sequence[str]) -> dict[str, dict[str, f
 def plot_cost(points: Mapping[str, tuple[float, float]], path: Path, profile: str) -> None:
     """Cost of one inverse against its worst error over the floor. points: name -> (ns, ratio); those that none beats in
     both stand out."""
-    figure = _figure(9, 4.5)
+    figure = new_figure(9, 4.5)
     axes, names = figure.subplots(1, 2, width_ratios=(3, 1))
     names.axis("off")
     named = _cheapest(points)
     for n, (name, (cost, ratio)) in enumerate(sorted(points.items(), key=lambda item: item[1]), 1):
-        colour, height = COLOURS[0] if name in named else "#777777", min(ratio, LIMIT)
+        colour, height = BLUE if name in named else GREY, min(ratio, LIMIT)
         axes.scatter(cost, height, color=colour, s=36 if name in named else 16, zorder=3)
         axes.annotate(str(n), (cost, height), xytext=(0, 5 if n % 2 else -12), textcoords="offset points", fontsize=7,
                       ha="center", color=colour)  # fmt: skip
@@ -126,7 +107,7 @@ def plot_cost(points: Mapping[str, tuple[float, float]], path: Path, profile: st
     )
     axes.axhline(2, color="grey", lw=1, ls="--")
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    write_bytes(path, png(figure))
 
 
 def _cheapest(points: Mapping[str, tuple[float, float]]) -> set[str]:

@@ -79,18 +79,18 @@ def _row(case: Case, settings: Settings) -> Row:
     peer: list[float] = []
     for n in range(settings.rounds + 1):
         for run, times in ((case.run_ours, ours), (case.run_peer, peer)):
-            seconds = _timed(run, settings.device)
+            seconds = timed(run, settings.device)
             if n:
                 times.append(seconds * 1e3)
     return Row(
         case=case.name,
         ours=case.ours,
-        ours_ms=round(_quantile(ours, 0.5), 3),
-        ours_spread=(round(_quantile(ours, 0.1), 3), round(_quantile(ours, 0.9), 3)),
+        ours_ms=round(quantile(ours, 0.5), 3),
+        ours_spread=(round(quantile(ours, 0.1), 3), round(quantile(ours, 0.9), 3)),
         peer=case.peer,
-        peer_ms=round(_quantile(peer, 0.5), 3),
-        peer_spread=(round(_quantile(peer, 0.1), 3), round(_quantile(peer, 0.9), 3)),
-        ratio=round(_quantile(peer, 0.5) / _quantile(ours, 0.5), 3),
+        peer_ms=round(quantile(peer, 0.5), 3),
+        peer_spread=(round(quantile(peer, 0.1), 3), round(quantile(peer, 0.9), 3)),
+        ratio=round(quantile(peer, 0.5) / quantile(ours, 0.5), 3),
         verified=verified,
         how=how,
         ours_mib=round(ours_mib, 1),
@@ -98,7 +98,7 @@ def _row(case: Case, settings: Settings) -> Row:
     )
 
 
-def _timed(run: Call, device: str) -> float:
+def timed(run: Call, device: str) -> float:
     _synchronize(device)
     start = time.perf_counter()
     result = run()
@@ -113,7 +113,7 @@ def _synchronize(device: str) -> None:
         torch.get_device_module(device.split(":")[0]).synchronize()
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
+def quantile(values: Sequence[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 

@@ -139,7 +139,7 @@ def diagonal_blocks(x: Operand, block: int) -> Operand:
 
 def _cut(x: Operand, block: int) -> Operand:
     """Compact blocks into the smaller ones on their diagonals."""
-    single = replace(x, codes=x.codes, compact=False)  # the axis of blocks as one more leading axis
+    single = replace(x, compact=False)  # the axis of blocks as one more leading axis
     parts = diagonal_blocks(single, block)
     scale = None if parts.scale is None else _joined_blocks(parts.scale)
     return replace(parts, codes=_joined_blocks(parts.codes), scale=scale)

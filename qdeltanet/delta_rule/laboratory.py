@@ -24,6 +24,7 @@ from ..core import (
     SiteArithmetic,
     SiteScheme,
     grouped,
+    relative_error,
 )
 from ..inverse import INPUT, OUTPUT, Plan, run_plan
 from .binding import bind, make_scales, scale_specs
@@ -107,8 +108,7 @@ def exact_inverse(A: Tensor) -> Tensor:
 
 def relative_errors(found: Tensor, exact: Tensor) -> Tensor:
     """Relative Frobenius error of each matrix, [...]; infinite where `found` is not finite."""
-    error = (found.double() - exact).flatten(-2).norm(dim=-1) / exact.flatten(-2).norm(dim=-1)
-    return error.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return relative_error(exact, found).nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 
 def invert_float(plan: Plan, A: Tensor, name: str) -> Inverted:

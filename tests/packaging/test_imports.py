@@ -25,13 +25,15 @@ ALLOWED["inverse"] = {"core"}
 ALLOWED["backends"] = {"core", "inverse"}
 ALLOWED["delta_rule"] = {"core", "inverse"}
 ALLOWED["_yaml"] = {"core"}
+ALLOWED["_version"] = set()
+ALLOWED["_pictures"] = set()
 ALLOWED["recipe"] = {"_yaml", "core", "inverse", "delta_rule", "recipes"}
 ALLOWED["profile"] = {"_yaml", "core", "inverse", "recipes"}
 ALLOWED["conformance"] = {"core", "inverse", "delta_rule"}
 ALLOWED["nn"] = ALLOWED["recipe"] | {"recipe", "backends"}
 ALLOWED["models"] = ALLOWED["nn"] | {"nn"}
 ALLOWED["checkpoint"] = ALLOWED["models"] | {"models"}
-ALLOWED["calib"] = ALLOWED["checkpoint"] | {"checkpoint", "profile"}
+ALLOWED["calib"] = ALLOWED["checkpoint"] | {"checkpoint", "profile", "_version", "_pictures"}
 ALLOWED["eval"] = ALLOWED["calib"] | {"conformance"}
 TOP = {
     "",
