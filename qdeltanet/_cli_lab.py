@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._console import Device, Dtype, Json, Model, Quiet, Set, bar, out, table
+from ._console import Device, Dtype, Json, Model, Quiet, Set, bar, out, table, writable
 
 MOST_ROWS = 64  # more heads than this are shown by their worst per layer
 
@@ -24,7 +24,8 @@ def inspect_command(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
     matrices: Annotated[
-        Path | None, typer.Option(help="Write the matrices here (safetensors), for `qdeltanet bench stability`.")
+        Path | None,
+        typer.Option(callback=writable, help="Write the matrices here (safetensors), for `qdeltanet bench stability`."),
     ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -35,14 +36,12 @@ def inspect_command(
     from .backends import check_device
     from .calib.inspect import capture, inspect
     from .checkpoint import write_tensors
-    from .core.files import check_file, write_text
+    from .core.files import write_text
     from .eval.embedded import model_path
     from .models import load_model
     from .workflow import samples_for
 
     check_device(device)
-    for path in (matrices, json_file):
-        check_file(path)
     data = samples_for(model, dataset, samples, seq_len, text_column)
     loaded = load_model(model_path(model), dtype, device)
     with bar(f"running {model}", quiet) as progress:
@@ -103,12 +102,11 @@ def sensitivity_command(
 ) -> None:
     """What each site costs when it alone is quantized as a recipe has it: increase of the loss, SQNR of the logits."""
     from .backends import check_device
-    from .core.files import check_file, write_text
+    from .core.files import write_text
     from .workflow import recipe_of, run_sensitivity
 
     chosen = recipe_of(recipe, overrides or ())
     check_device(device)
-    check_file(json_file)
     with bar(f"{model}, {recipe}", quiet) as progress:
         rows = run_sensitivity(
             model, chosen, dataset=dataset, samples=samples, seq_len=seq_len, text_column=text_column,

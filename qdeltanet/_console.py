@@ -17,7 +17,17 @@ out, err = Console(), Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="Embedded model (tiny-recall, tiny-hybrid), directory, or hub id.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe value, e.g. inverse.residual_steps=4.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file that could not be written is refused before the work: of every option that names one to write."""
+    from .core.files import check_file
+
+    check_file(path)
+    return path
+
+
+Json = Annotated[Path | None, typer.Option("--json", callback=writable, help="Also write the result to this file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
 Dtype = Annotated[
     str, typer.Option(help="Of the float weights: float32, bfloat16, float16, or auto (the checkpoint's).")

@@ -316,16 +316,18 @@ def main() -> None:
     if not sys.stderr.isatty() or {"-q", "--quiet"} & set(sys.argv):
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from .core.errors import QDeltaNetError
-
     try:
         app()
-    except QDeltaNetError as e:
-        err.print(f"qdeltanet: {e}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         err.print("qdeltanet: interrupted; nothing half-written was left", highlight=False)
         sys.exit(130)
+    except Exception as e:
+        from .core.errors import QDeltaNetError  # loads torch, which --help does not wait for
+
+        if not isinstance(e, QDeltaNetError):
+            raise
+        err.print(f"qdeltanet: {e}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
