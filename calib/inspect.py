@@ -18,7 +18,7 @@ from ..models import delta_net_layers, quantize_model
 from ..nn import GatedDeltaNet
 from ..recipe import load_recipe
 from .data import Samples
-from .run import _observe, _Ticker
+from .run import Ticker, run_watched
 
 Progress = Callable[[int, int], None]
 FORMATS = ("int8", "int4")
@@ -93,7 +93,7 @@ def capture(
     layers = layers if layer is None else {layer: layers[layer]}
     keepers = {index: Keeper(keep, seed) for index in layers}
     batches = samples.tokens.split(batch_size)
-    _observe(model, layers, keepers, batches, _Ticker(progress, len(batches)))  # type: ignore[arg-type]
+    run_watched(model, keepers, batches, Ticker(progress, len(batches)))
     return {index: _captured(index, layers[index], keeper) for index, keeper in keepers.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..backends import AUTO
 from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs_calibration
 from ..core import QDeltaNetError
 from ..delta_rule import make_scales
-from ..models import delta_net_layers, load_model, quantize_model, set_execution
+from ..models import QuantizedLayer, delta_net_layers, load_model, quantize_model, quantized_layers, set_execution
 from ..nn import Execution
 from ..recipe import Recipe, differences, load_recipe
 from .embedded import model_path
@@ -38,7 +39,8 @@ def prepare_model(
         return model
     if recipe is None:
         return model
-    layers = quantize_model(model, recipe)
+    quantize_model(model, recipe)
+    layers = quantized_layers(model)
     if calibration is not None and calibration.recipe.fingerprint != recipe.fingerprint:
         differs = "; ".join(differences(calibration.recipe, recipe))
         raise QDeltaNetError(
@@ -58,17 +60,17 @@ def prepare_model(
     return model
 
 
-def _fill_bounds(layers: dict[int, Any]) -> None:
+def _fill_bounds(layers: Mapping[int, QuantizedLayer]) -> None:
     """Scales of proven ranges need no data."""
-    for layer in layers.values():
-        if layer.specs and all(spec.bound for spec in layer.specs):
+    for layer in (x.delta_net for x in layers.values()):
+        if layer is not None and layer.specs and all(spec.bound for spec in layer.specs):
             layer.scales.fill(make_scales(layer.specs, {}, beta_max=layer.dims.beta_max))
 
 
 def saturation(model: Any) -> Counter[str]:
     """Clipped elements per `layer.site` since execution was chosen."""
     total: Counter[str] = Counter()
-    for index, layer in delta_net_layers(model).items():
+    for index, layer in quantized_layers(model).items():
         total.update({f"{index}.{site}": n for site, n in layer.saturated.items()})
     return total
 

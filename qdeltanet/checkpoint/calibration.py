@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core import QDeltaNetError, check_scale
 from ..core.files import whole_directory
-from ..models import delta_net_layers, model_fingerprint, quantize_model
-from ..nn import GatedDeltaNet, quantize_weight
+from ..models import QuantizedLayer, model_fingerprint, quantize_model, quantized_layers
+from ..nn import quantize_weight
 from ..recipe import Recipe, load_recipe
 
 SCALES, RECIPE, REPORT = "calibration.safetensors", "recipe.yaml", "calibration.json"
@@ -48,35 +48,40 @@ class Calibration:
                 f"the calibration is of model {self.report['model']['name']!r} (fingerprint {other[:12]}), "
                 f"this model's fingerprint is {own[:12]}: calibrate this model"
             )
-        layers = delta_net_layers(model) or quantize_model(model, self.recipe)
-        for index, layer in layers.items():
-            self._fill(layer, f"layers.{index}.")
+        if not quantized_layers(model):
+            quantize_model(model, self.recipe)
+        layers = quantized_layers(model)
+        for layer in layers.values():
+            self._fill(layer)
         calibrate_weights(layers)
 
-    def _fill(self, layer: GatedDeltaNet, prefix: str) -> None:
-        missing = [k for k in layer.scales.keys if prefix + k not in self.scales]
-        names = [n for n, m in layer.named_children() if hasattr(m, "input_scale")]
-        missing += [f"{n}.input_scale" for n in names if f"{prefix}{n}.input_scale" not in self.scales]
+    def _fill(self, layer: QuantizedLayer) -> None:
+        keys = () if layer.delta_net is None else layer.delta_net.scales.keys
+        static = [name for name, p in layer.projections.items() if p.is_static]
+        wanted = [*keys, *(f"{name}.input_scale" for name in static)]
+        missing = [k for k in wanted if layer.prefix + k not in self.scales]
         if missing:
-            raise QDeltaNetError(f"the calibration lacks scales of {prefix[:-1]}: {', '.join(missing)}")
-        layer.scales.fill({k: self.scales[prefix + k] for k in layer.scales.keys})
-        for name in names:
-            getattr(layer, name).input_scale = self.scales[f"{prefix}{name}.input_scale"]
+            raise QDeltaNetError(f"the calibration lacks scales of {layer.prefix[:-1]}: {', '.join(missing)}")
+        if layer.delta_net is not None:
+            layer.delta_net.scales.fill({k: self.scales[layer.prefix + k] for k in keys})
+        for name in static:
+            layer.projections[name].input_scale = self.scales[f"{layer.prefix}{name}.input_scale"]
 
 
-def calibrate_weights(layers: Mapping[int, GatedDeltaNet]) -> None:
+def calibrate_weights(layers: Mapping[int, QuantizedLayer]) -> None:
     """Code the weights of all quantized projections (Brevitas, per output channel)."""
     for layer in layers.values():
-        for projection in layer.projections():
+        for projection in layer.projections.values():
             if projection.original is not None:
                 codes, scale = quantize_weight(projection.original.weight, projection.scheme.weight)
                 projection.codes, projection.scale = codes, scale
 
 
-def needs_calibration(recipe: Recipe, layers: Mapping[int, GatedDeltaNet]) -> bool:
+def needs_calibration(recipe: Recipe, layers: Mapping[int, QuantizedLayer]) -> bool:
     """Whether any layer has a static scale that only data can give."""
-    static = any(not spec.bound for layer in layers.values() for spec in layer.specs)
-    return static or any(p.is_static for layer in layers.values() for p in layer.projections())
+    rules = [layer.delta_net for layer in layers.values() if layer.delta_net is not None]
+    static = any(not spec.bound for delta_net in rules for spec in delta_net.specs)
+    return static or any(p.is_static for layer in layers.values() for p in layer.projections.values())
 
 
 def load_calibration(path: Path) -> Calibration:

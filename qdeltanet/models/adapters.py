@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..backends import AUTO
 from ..core import QDeltaNetError
 from ..delta_rule import Dimensions, LayerScheme
-from ..nn import Execution, GatedDeltaNet
+from ..nn import GatedDeltaNet
 from ..recipe import Recipe
 from .qwen3_5 import Qwen3_5Adapter
 
@@ -53,11 +52,6 @@ def adapter_for(config: Any) -> Adapter:
     raise QDeltaNetError(f"model family {family!r} is not supported (known: {known}); add qdeltanet/models/{family}.py")
 
 
-def delta_net_layers(model: nn.Module) -> dict[int, GatedDeltaNet]:
-    """The replaced layers of a model by decoder layer index."""
-    return {m.layer_idx: m for m in model.modules() if isinstance(m, GatedDeltaNet)}
-
-
 def quantize_model(model: Any, recipe: Recipe) -> dict[int, GatedDeltaNet]:
     """Replace every Gated DeltaNet of a loaded or meta-device model in place; weights are kept, scales still empty.
 
@@ -90,9 +84,3 @@ def _replacement(module: Any, adapter: Adapter, scheme: LayerScheme, index: int)
     device = next(module.parameters()).device
     with torch.device(device):
         return GatedDeltaNet(parts, adapter.dimensions(module), scheme, index, adapter.role_names)
-
-
-def set_execution(model: nn.Module, execution: Execution, backend: str = AUTO) -> None:
-    """Execution of every replaced layer. Raises BindingError where a layer cannot execute so."""
-    for layer in delta_net_layers(model).values():
-        layer.set_execution(execution, backend)

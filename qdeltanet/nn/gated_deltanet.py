@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from ..backends import AUTO
 from ..core import (
-    TINY,
     Arithmetic,
     BindingError,
     FloatArithmetic,
-    Granularity,
     IntegerArithmetic,
     NonFiniteError,
     ObservingArithmetic,
     Operand,
     QDeltaNetError,
-    SiteScheme,
 )
 from ..delta_rule import Dimensions, LayerScheme, ScaleSpec, run_rule, scale_shape, scale_specs
 from ..inverse import plan as make_plan
 from .execution import Execution, backend_for
 from .linear import QuantLinear
 from .scales import Scales
+from .state import pack_state, unpack_state
 
 Observe = Callable[[str, Tensor, bool], None]
 
@@ -86,16 +84,15 @@ class GatedDeltaNet(nn.Module):
             raise BindingError("this recipe quantizes nothing: execute it as float")
         self.execution, self.backend_name, self._arithmetic = execution, backend, None
         for projection in self.projections():
-            projection.execution, projection.backend_name, projection.saturated = execution, backend, 0
+            projection.set_execution(execution, backend)
 
     def projections(self) -> list[QuantLinear]:
         return [m for m in self.children() if isinstance(m, QuantLinear)]
 
     @property
     def saturated(self) -> Counter[str]:
-        """Clipped elements per site since set_execution."""
-        rule = self._arithmetic.saturated if isinstance(self._arithmetic, IntegerArithmetic) else Counter()
-        return rule + Counter({"projections": sum(p.saturated for p in self.projections())})
+        """Clipped elements per site of the rule since set_execution."""
+        return self._arithmetic.saturated if isinstance(self._arithmetic, IntegerArithmetic) else Counter()
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -176,27 +173,3 @@ class GatedDeltaNet(nn.Module):
         if packed.shape[-2] == self.dims.key_dim or self.bound is None:
             return Operand("state", packed)
         return unpack_state(packed, self.bound.sites["state"])
-
-
-def pack_state(state: Operand) -> Tensor:
-    """A state [B, H, K, V] for a cache that holds one float32 tensor per layer: codes, then a last row of scales.
-
-    Real-valued states are stored as they are. Either stays in the basis in which the rule holds it: codes of a rotated
-    state cannot be turned back without rounding them again, and every reader of a cache runs the same scheme.
-    """
-    if state.scale is None:
-        return state.codes
-    batch, heads, _, width = state.codes.shape
-    scale = state.scale.expand(batch, heads, 1, width)
-    return torch.cat([state.codes.to(torch.float32), scale], dim=-2)
-
-
-def unpack_state(packed: Tensor, scheme: SiteScheme) -> Operand:
-    """The inverse of pack_state; a zeroed cache gives a zero state.
-
-    The scale comes back with the axes it had, so that further steps round as if there had been no cache.
-    """
-    scale = packed[..., -1:, :].clamp(min=TINY)
-    if scheme.held_granularity is not Granularity.PER_CHANNEL:
-        scale = scale[..., :1]
-    return Operand("state", packed[..., :-1, :], scale, scheme.held)

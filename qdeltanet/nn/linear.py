@@ -53,6 +53,10 @@ class QuantLinear(Float32Buffers):
         assert scheme.activation.format is not None
         check_product(f"projection of {in_features} inputs", in_features, scheme.activation.format, scheme.weight, 64)
 
+    def set_execution(self, execution: Execution, backend: str = AUTO) -> None:
+        """Choose how the projection executes; what was counted as clipped is forgotten."""
+        self.execution, self.backend_name, self.saturated = execution, backend, 0
+
     @property
     def weight(self) -> Tensor:
         """The float weight, for code that only asks for its dtype or device."""
