@@ -58,13 +58,13 @@ def _named(observe: Callable[[str, Tensor], None], name: str) -> Callable[[Tenso
 def quantized_layers(model: nn.Module) -> dict[int, QuantizedLayer]:
     """Every decoder layer in which something is quantized, by index; empty before `quantize_model`."""
     found: dict[int, QuantizedLayer] = {}
-    owned = {}
+    owned: set[int] = set()
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
             layer = found.setdefault(module.layer_idx, QuantizedLayer(module.layer_idx))
             layer.delta_net = module
             layer.projections |= {n: m for n, m in module.named_children() if isinstance(m, QuantLinear)}
-            owned |= {id(m): m for m in module.projections()}
+            owned |= {id(m) for m in module.projections()}
     for path, module in model.named_modules():
         place = _IN_LAYER.search(path)
         if place is not None and isinstance(module, QuantLinear) and id(module) not in owned:
