@@ -1,9 +1,10 @@
-"""Models that several test folders share."""
+"""Models and processes that several test folders share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -37,3 +38,14 @@ def random_model() -> Callable[[], Any]:
         return Qwen3_5ForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Any]:
+    """Starts processes of the command, whose output goes to `tmp_path / "logs"`; they end with the test."""
+    from fleet import Fleet
+
+    (tmp_path / "logs").mkdir()
+    made = Fleet(tmp_path / "logs")
+    yield made
+    made.end()

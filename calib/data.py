@@ -1,52 +1,99 @@
-"""Calibration text: hub datasets and local files, packed to fixed length without padding."""
+"""Calibration tokens: documents of a dataset, packed to fixed length without padding."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import QDeltaNetError
+from .documents import Documents
 
-LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+DEFAULT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
 class Samples:
-    """tokens: int64 [samples, seq_len]. digest: sha256 over them, written into the calibration."""
+    """Sequences, and where they came from.
+
+    tokens: int64 [samples, seq_len]. digest: sha256 over them, so that it changes with everything that reaches the
+    model. seed: of the shuffle; None is file order. column: where the text stood. documents: how many were read.
+    """
 
     name: str
     tokens: Tensor
     digest: str
+    seed: int | None = None
+    column: str | None = None
+    documents: int | None = None
+
+    def described(self) -> dict[str, Any]:
+        """What a calibration records of its data; JSON-able. Equal descriptions mean equal tokens."""
+        return {
+            "name": self.name,
+            "samples": self.tokens.shape[0],
+            "seq_len": self.tokens.shape[1],
+            "sha256": self.digest,
+            "seed": self.seed,
+            "column": self.column,
+            "documents": self.documents,
+        }
 
 
-def load_samples(name: str, tokenizer: Any, samples: int, seq_len: int, text_column: str | None = None) -> Samples:
-    """Take `samples` sequences of `seq_len` tokens.
+def load_samples(
+    name: str,
+    tokenizer: Any,
+    samples: int | None,
+    seq_len: int,
+    text_column: str | None = None,
+    *,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+) -> Samples:
+    """Take `samples` sequences of `seq_len` tokens; None takes 128, or what there is.
 
-    name: a local .jsonl, .json, .txt or .parquet file, or a hub dataset `id[:config[:split]]`. A document of at least
-    seq_len tokens is cut into whole sequences; shorter ones are joined, with the tokenizer's end of text between.
+    name: a local .jsonl, .json, .txt (one document per line), .parquet or .arrow file, a directory written by
+    `Dataset.save_to_disk` or holding such files, or a hub dataset; the last three take `name[:config[:split]]`.
+    A document of at least seq_len tokens is cut into whole sequences, its rest is left out; shorter ones are joined,
+    with the tokenizer's end of text between. text_column: the column of the text, or of conversations (lists of
+    {role, content}), which go through the tokenizer's chat template; found where it is clear. seed: shuffle the
+    documents (streams: in a buffer of 10,000); None keeps their order. vocab_size: the model's.
 
-    Raises QDeltaNetError if the dataset is missing, empty, has no text, or is too short for a single sequence.
+    Raises QDeltaNetError if the dataset is missing, empty, has no text, or holds fewer sequences than asked for, and
+    for a token that is beyond the model's vocabulary.
     """
-    if samples < 1 or seq_len < 1:
-        raise QDeltaNetError(f"samples ({samples}) and seq-len ({seq_len}) must be at least 1")
-    rows: list[list[int]] = []
-    for row in _sequences(_documents(name, text_column), tokenizer, seq_len):
-        rows.append(row)
-        if len(rows) == samples:
-            break
+    wanted = DEFAULT_SAMPLES if samples is None else samples
+    if wanted < 1 or seq_len < 1:
+        raise QDeltaNetError(f"samples ({wanted}) and seq-len ({seq_len}) must be at least 1")
+    documents = Documents(name, tokenizer, text_column, seed)
+    rows = [torch.tensor(row) for row in islice(_packed(documents, tokenizer, seq_len), wanted)]
     if not rows:
-        raise QDeltaNetError(f"dataset {name}: too short for one sequence of {seq_len} tokens; lower --seq-len")
-    tokens = torch.tensor(rows)
-    return Samples(name, tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+        raise QDeltaNetError(
+            f"dataset {name}: too short for one sequence of {seq_len} tokens, even with all its {documents.count} "
+            "documents together; lower --seq-len"
+        )
+    if samples is not None and len(rows) < samples:
+        raise QDeltaNetError(
+            f"dataset {name}: it holds {len(rows)} sequences of {seq_len} tokens, {samples} were asked for: "
+            "lower --samples or --seq-len"
+        )
+    tokens = torch.stack(rows)
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        raise QDeltaNetError(
+            f"the tokenizer does not match the model: it gave token {int(tokens.max())}, the model's vocabulary has "
+            f"{vocab_size}"
+        )
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Samples(name, tokens, digest, seed, documents.column, documents.count)
 
 
-def _sequences(documents: Iterator[str], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:
+def _packed(documents: Iterable[str], tokenizer: Any, seq_len: int) -> Iterator[list[int]]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rest: list[int] = []
     for text in documents:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -54,56 +101,7 @@ def _sequences(documents: Iterator[str], tokenizer: Any, seq_len: int) -> Iterat
             for start in range(0, len(ids) - seq_len + 1, seq_len):
                 yield ids[start : start + seq_len]
             continue
-        rest += ids + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+        rest += ids + end
         while len(rest) >= seq_len:
             yield rest[:seq_len]
             rest = rest[seq_len:]
-
-
-def _documents(name: str, text_column: str | None) -> Iterator[str]:
-    column = text_column
-    empty = True
-    for row in _rows(name):
-        if column is None or column not in row:
-            column = _text_column(name, row, text_column)
-        if row[column]:
-            empty = False
-            yield str(row[column])
-    if empty:
-        raise QDeltaNetError(f"dataset {name}: it holds no text")
-
-
-def _text_column(name: str, row: dict[str, Any], wanted: str | None) -> str:
-    if wanted is not None:
-        raise QDeltaNetError(f"dataset {name}: no column {wanted!r}; columns are {', '.join(row)}")
-    strings = [key for key, value in row.items() if isinstance(value, str)]
-    if not strings:
-        raise QDeltaNetError(f"dataset {name}: no text column; columns are {', '.join(row)}")
-    return "text" if "text" in strings else strings[0]
-
-
-def _rows(name: str) -> Iterator[dict[str, Any]]:
-    """Rows of a local file or a streamed hub dataset, with one-line errors."""
-    try:
-        yield from _open(name)
-    except (QDeltaNetError, GeneratorExit):
-        raise
-    except Exception as e:  # datasets, hub and parsers each have their own
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise QDeltaNetError(f"dataset {name}: cannot be read ({first})") from e
-
-
-def _open(name: str) -> Any:
-    from datasets import load_dataset
-
-    path = Path(name)
-    if path.suffix in LOADERS:
-        if not path.is_file():
-            raise QDeltaNetError(f"dataset {name}: no such file")
-        if path.stat().st_size == 0:
-            raise QDeltaNetError(f"dataset {name}: the file is empty")
-        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True)
-    if path.exists():
-        raise QDeltaNetError(f"dataset {name}: local files end in {', '.join(LOADERS)}")
-    dataset, config, split = (*name.split(":"), "", "")[:3]
-    return load_dataset(dataset, config or None, split=split or "train", streaming=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from ..core import TINY, NonFiniteError, grouped
+from ..core import TINY, Granularity, NonFiniteError, grouped
 from ..delta_rule import make_scales
 from ..models import QuantizedLayer
 from ..nn import GatedDeltaNet
 from ..recipe import Recipe
-from .observers import Key, MinMaxObserver, Observer, make_observer
+from .observers import Key, MinMaxObserver, Observer, largest, make_observer
 
 
 class LayerRanges:
@@ -35,15 +37,33 @@ class LayerRanges:
 
     def site(self, site: str, x: Tensor, compact: bool) -> None:
         """Called with everything that enters a site. Raises NonFiniteError for NaN or infinity."""
-        if not bool(x.abs().amax().isfinite()):
+        keys = self._by_site.get(site, ())
+        tops = [self.observers[key].update(grouped(x, key[1], compact)) for key in keys]
+        top = tops[0] if tops else largest(grouped(x, Granularity.PER_TENSOR, compact))
+        if not bool(top.isfinite().all()):
             raise NonFiniteError(site)
-        for key in self._by_site.get(site, ()):
-            self.observers[key].update(grouped(x, key[1], compact))
 
     def projection(self, name: str, x: Tensor) -> None:
-        """Called with the inputs of a projection."""
-        if name in self.inputs:
-            self.inputs[name].update(x.float().reshape(1, 1, 1, 1, -1))
+        """Called with the inputs of a projection. Raises NonFiniteError for NaN or infinity in a static one's."""
+        if name not in self.inputs:
+            return
+        top = self.inputs[name].update(x.float().reshape(1, 1, 1, 1, -1))
+        if not bool(top.isfinite().all()):
+            raise NonFiniteError(name, f"layer {self.layer.index}, ")
+
+    def state(self) -> dict[str, Tensor]:
+        """Of every observer, by `<its name>/<name of the tensor>`."""
+        return {f"{name}/{key}": x for name, observer in self._named().items() for key, x in observer.state().items()}
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add what other observers of this layer saw."""
+        for name, observer in self._named().items():
+            own = name + "/"
+            observer.merge({key.removeprefix(own): x for key, x in state.items() if key.startswith(own)})
+
+    def _named(self) -> dict[str, Observer]:
+        sites = {f"{site}:{granularity.value}": o for (site, granularity), o in self.observers.items()}
+        return sites | {f"{name}:input": observer for name, observer in self.inputs.items()}
 
     def scales(self) -> dict[str, Tensor]:
         """Static scales by `layers.<i>.<site key>`, and `layers.<i>.<projection>.input_scale`."""

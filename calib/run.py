@@ -1,31 +1,33 @@
-"""The calibration pass: run the float model over the data, watch every site, propose scales, measure what they cost."""
+"""The calibration: run the float model over the data, watch every site, propose scales, measure what they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._processes import current
+from .._threads import threads as pinned_threads
 from ..checkpoint import Calibration
 from ..core import QDeltaNetError
-from ..models import QuantizedLayer, model_fingerprint, quantize_model, quantized_layers, set_execution
+from ..models import (
+    ensure_quantized,
+    execution_device,
+    model_fingerprint,
+    quantized_layers,
+    set_execution,
+    weights_digest,
+)
 from ..recipe import Recipe
 from .data import Samples
-from .quality import Quality
-from .ranges import LayerRanges
+from .passes import Layers, Made, Pass, Watcher, passes
+from .request import request_of
+from .session import Resume, Session
 
 Progress = Callable[[int, int], None]
-
-
-class Watcher(Protocol):
-    """What is shown the inside of one decoder layer."""
-
-    def site(self, site: str, x: Tensor, compact: bool) -> None: ...
-
-    def projection(self, name: str, x: Tensor) -> None: ...
 
 
 def calibrate(
@@ -36,53 +38,40 @@ def calibrate(
     model_name: str = "",
     batch_size: int = 8,
     progress: Progress | None = None,
+    threads: int | None = None,
+    resume: Resume | None = None,
 ) -> Calibration:
     """Quantize `model` in place (execution stays float) and calibrate it.
 
-    Two passes over the samples: one proposes ranges, one measures SQNR and saturation of each site at its scale.
-    progress(done, total) counts batches. Raises QDeltaNetError for a batch size below 1, and NonFiniteError that names
-    layer and site where NaN or Inf appears.
+    Two passes over the samples: one proposes ranges, one measures SQNR and saturation of each site at its scale; a
+    third where projections are coded by GPTQ. progress(done, total) counts batches of all processes. threads: of torch
+    meanwhile, on which float sums depend (default: as many as it is set to). resume: where the state is kept from which
+    the same call goes on after an interruption; `resume.remove()` once the result is written. Processes that a launcher
+    started and `joined` brought together call this alike and share the batches. The result is the same to the bit
+    however often it was interrupted, and for any number of processes.
+
+    Raises QDeltaNetError for a batch size below 1, for a model that another recipe has quantized, for state of another
+    request, or if another process is gone, and NonFiniteError that names layer and site where NaN or Inf appears.
     """
     if batch_size < 1:
         raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
-    if not quantized_layers(model):
-        quantize_model(model, recipe)
-    layers = quantized_layers(model)
-    batches = samples.tokens.split(batch_size)
-    tick = Ticker(progress, 2 * len(batches))
-
-    ranges = {index: LayerRanges(layer, recipe) for index, layer in layers.items()}
-    run_watched(model, ranges, batches, tick)
-    scales: dict[str, Tensor] = {}
-    for index, layer in layers.items():
-        scales |= ranges[index].scales()
-        fill_scales(layer, scales)
-
-    quality = {index: Quality(x.delta_net) for index, x in layers.items() if x.delta_net is not None}
-    run_watched(model, quality, batches, tick)
-    report = {
-        "version": 1,
-        "model": {"name": model_name, "fingerprint": model_fingerprint(model)},
-        "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint},
-        "dataset": {
-            "name": samples.name,
-            "samples": samples.tokens.shape[0],
-            "seq_len": samples.tokens.shape[1],
-            "batch_size": batch_size,
-            "sha256": samples.digest,
-        },
-        "layers": {str(index): q.report() for index, q in quality.items()},
-    }
-    calibration = Calibration(recipe, scales, report)
-    calibration.apply(model)
+    with pinned_threads(threads or torch.get_num_threads()) as count:
+        layers = ensure_quantized(model, recipe)
+        request = request_of(
+            model_name=model_name, fingerprint=model_fingerprint(model), weights=weights_digest(model),
+            dtype=model.dtype, device=execution_device(model), recipe=recipe, samples=samples, batch_size=batch_size,
+            threads=count,
+        )  # fmt: skip
+        batches = samples.tokens.split(batch_size)
+        planned = passes(recipe)
+        tick = Ticker(progress, len(planned) * len(batches))
+        made = Made()
+        with closing(Session(resume or Resume(), request, current())) as session:
+            for one in planned:
+                run_pass(model, one, layers, made, batches, session, tick)
+        calibration = Calibration(recipe, made.scales, {"version": 1, **request, "layers": made.layers}, made.weights)
+        calibration.apply(model)
     return calibration
-
-
-def fill_scales(layer: QuantizedLayer, scales: Mapping[str, Tensor]) -> None:
-    """Put the static scales of a layer's rule in place, for the pass that measures them."""
-    if layer.delta_net is not None:
-        own = layer.delta_net.scales
-        own.fill({key: scales[layer.prefix + key] for key in own.keys})
 
 
 class Ticker:
@@ -91,19 +80,75 @@ class Ticker:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, batches: int = 1) -> None:
+        self.done += batches
         if self.progress is not None:
             self.progress(self.done, self.total)
 
 
+def run_pass(
+    model: Any,
+    one: Pass,
+    layers: Layers,
+    made: Made,
+    batches: Sequence[Tensor],
+    session: Session,
+    tick: Ticker,
+) -> None:
+    """All batches that no earlier run has done, in turns of one per process, so that all go on or fail together."""
+    processes = session.processes
+    watchers = one.watchers(layers)
+    done = session.restore(one.name, watchers)
+    if done:
+        tick(len(done))
+    with watching(model, watchers):
+        for turn in _turns([i for i in range(len(batches)) if i not in done], processes.world):
+            for index in turn[processes.rank : processes.rank + 1]:
+                forward(model, batches[index])
+                session.finished(one.name, watchers, index)
+            processes.gather(None)  # so that all end soon after one has failed
+            tick(len(turn))
+    whole = session.whole(one.name, watchers, lambda: one.watchers(layers))
+    one.finish(layers, whole, made)
+
+
+def _turns(batches: Sequence[int], world: int) -> Iterator[Sequence[int]]:
+    """One batch per process at a time; the last turn may be shorter."""
+    for start in range(0, len(batches), world):
+        yield batches[start : start + world]
+
+
+def forward(model: Any, batch: Tensor) -> None:
+    """One batch [B, T] through the model, for those who watch."""
+    with torch.no_grad():
+        model(input_ids=batch.to(execution_device(model)), use_cache=False)
+
+
+class _Nobody:
+    """Looks at nothing."""
+
+    def site(self, site: str, x: Tensor, compact: bool) -> None:
+        pass
+
+    def projection(self, name: str, x: Tensor) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
+
+
 @contextmanager
 def watching(model: Any, watchers: Mapping[int, Watcher]) -> Iterator[None]:
-    """The model runs in float and shows the inside of these layers; watchers come off whatever happens."""
-    layers = {index: layer for index, layer in quantized_layers(model).items() if index in watchers}
+    """The model runs in float and shows the inside of these layers; watchers come off whatever happens.
+
+    The others run as if they were watched (with the decay and the rotations of their scheme), so that what reaches a
+    layer is the same in every pass.
+    """
+    layers = quantized_layers(model)
     set_execution(model, "observe")
     for index, layer in layers.items():
-        layer.observe(watchers[index].site, watchers[index].projection)
+        one = watchers.get(index, _NOBODY)
+        layer.observe(one.site, one.projection)
     try:
         yield
     finally:
@@ -116,6 +161,5 @@ def run_watched(model: Any, watchers: Mapping[int, Watcher], batches: Iterable[T
     """One float pass over batches [B, T] with watchers by layer."""
     with watching(model, watchers):
         for batch in batches:
-            with torch.no_grad():
-                model(input_ids=batch.to(model.device), use_cache=False)
+            forward(model, batch)
             tick()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import QDeltaNetError, RuleScheme, SiteScheme, sqnr_from_energy
 from ..delta_rule import SITES
 from ..delta_rule.sites import is_register
-from ..models import delta_net_layers, quantize_model, set_execution
+from ..models import delta_net_layers, execution_device, quantize_model, set_execution
 from ..nn import GatedDeltaNet
 from ..recipe import Recipe
 
@@ -130,7 +130,7 @@ def only(scheme: RuleScheme, name: str) -> RuleScheme:
 @torch.no_grad()
 def _logits(model: Any, batch: Tensor) -> Tensor:
     """float32 [B, T, vocabulary]."""
-    logits: Tensor = model(input_ids=batch.to(model.device), use_cache=False).logits
+    logits: Tensor = model(input_ids=batch.to(execution_device(model)), use_cache=False).logits
     return logits.float()
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
 
+from .._processes import current, joined
 from ..backends import AUTO
 from ..checkpoint import Calibration
 from ..core import QDeltaNetError, unknown
@@ -65,15 +69,38 @@ def run_row(
     model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, dtype, device)
     lm = QDeltaNetLM(model, tokenizer=load_tokenizer(model_path(name)), batch_size=batch_size)
     try:
-        results = lm_eval.simple_evaluate(
-            lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
-        )
+        with lm_eval_reports(True):
+            results = lm_eval.simple_evaluate(
+                lm, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=True
+            )
     except (OSError, ConnectionError) as e:
         first = str(e).strip().splitlines()[0]
         raise QDeltaNetError(f"tasks {', '.join(tasks)}: {first}") from e
     assert results is not None
     measured = {task: documents(samples) for task, samples in results["samples"].items()}
-    return RowResult(row, measured, dict(saturation(model)), time.monotonic() - start)
+    saturated = sum(current().gather(saturation(model)), Counter())  # each process has seen its own batches
+    return RowResult(row, measured, dict(saturated), time.monotonic() - start)
+
+
+@contextmanager
+def lm_eval_reports(yes: bool) -> Iterator[None]:
+    """Among several processes, whether lm-eval has a result in this one, and its command line prints and writes it.
+
+    It goes by LOCAL_RANK, which is 0 once on every machine, while all our processes have the whole result.
+    """
+    if current().world == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    PartialState()  # chooses this process's GPU by LOCAL_RANK, once
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0" if yes else "1"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        os.environ |= {} if before is None else {"LOCAL_RANK": before}
 
 
 def manager_for(tasks: Sequence[str]) -> TaskManager:
@@ -103,6 +130,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Every row over the same documents; the first row is the baseline of the paired differences.
 
+    Processes that a launcher started share the work, and each returns the whole result. CPU threads are the caller's to
+    pin (`_threads.threads`).
+
     Returns plain data, a dictionary per row: name, recipe, execution, backend, seconds, saturated (total),
     saturated_sites, and per task and metric: value, stderr, and against the baseline difference, difference_stderr
     (and for nats_per_byte the perplexity and its ratio to the baseline's).
@@ -110,10 +140,13 @@ def evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager_for(tasks)
     results: list[RowResult] = []
-    for row in rows:
-        if progress is not None:
-            progress(row.name)
-        results.append(run_row(model_name, row, tasks, limit=limit, batch_size=batch_size, dtype=dtype, device=device))
+    with joined():
+        for row in rows:
+            if progress is not None:
+                progress(row.name)
+            results.append(
+                run_row(model_name, row, tasks, limit=limit, batch_size=batch_size, dtype=dtype, device=device)
+            )
     return [summary(r, results[0]) for r in results]
 
 

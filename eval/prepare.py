@@ -41,23 +41,28 @@ def prepare_model(
         return model
     quantize_model(model, recipe)
     layers = quantized_layers(model)
-    if calibration is not None and calibration.recipe.fingerprint != recipe.fingerprint:
-        differs = "; ".join(differences(calibration.recipe, recipe))
-        raise QDeltaNetError(
-            f"the calibration is of another recipe than {recipe.name} (calibration / asked: {differs}): "
-            "calibrate with this recipe"
-        )
     if calibration is not None:
+        check_recipe(calibration, recipe)
         calibration.apply(model)
-    elif execution != "float" and needs_calibration(recipe, layers):
-        raise QDeltaNetError(
-            f"recipe {recipe.name} has static scales: pass --calibration DIR (see `qdeltanet calibrate`)"
-        )
+    elif needs_calibration(layers):
+        if execution != "float":
+            asks = "weights coded by GPTQ" if recipe.codes_by_data else "static scales"
+            raise QDeltaNetError(f"recipe {recipe.name} has {asks}: pass --calibration DIR (see `qdeltanet calibrate`)")
     else:
         calibrate_weights(layers)
         _fill_bounds(layers)
     set_execution(model, "float" if recipe.is_float else execution, backend)
     return model
+
+
+def check_recipe(calibration: Calibration, recipe: Recipe) -> None:
+    """Raises QDeltaNetError that says what differs if a calibration is of another recipe."""
+    if calibration.recipe.fingerprint != recipe.fingerprint:
+        differs = "; ".join(differences(calibration.recipe, recipe))
+        raise QDeltaNetError(
+            f"the calibration is of another recipe than {recipe.name} (calibration / asked: {differs}): "
+            "calibrate with this recipe"
+        )
 
 
 def _fill_bounds(layers: Mapping[int, QuantizedLayer]) -> None:

@@ -67,21 +67,25 @@ def search_command(
     Cost is modelled on a profile, loss measured: mean KL divergence of the next token from float's. A layer takes one
     plan for all its heads. The same command goes on where it was cut off.
     """
+    from ._processes import launched
+    from ._threads import threads as pinned
     from .calib.search import FORMATS, SEARCHED, Settings, search_to
+    from .core import QDeltaNetError
     from .core.files import write_text
-    from .eval.bench import timing
     from .eval.embedded import model_path
     from .models import load_model
     from .profile import load_profile
     from .workflow import recipe_of, samples_for
 
+    if launched() > 1:
+        raise QDeltaNetError("search is one process, whose measurements follow from one another: start it by itself")
     machine = load_profile(profile)
     methods, formats = tuple(method or SEARCHED), tuple(number or FORMATS)
     settings = Settings(methods, formats, positive("--error", error), keep, matrices, uniform, seed)
     allowed, base = budget_of(budget), recipe_of(recipe, overrides or ())
     data = samples_for(model, dataset, samples, seq_len, text_column)
     loaded = load_model(model_path(model), dtype, device)
-    with timing.threads(threads), bar(f"searching {model}", quiet) as progress:
+    with pinned(threads), bar(f"searching {model}", quiet) as progress:
         result = search_to(
             output, loaded, base, data, machine, allowed, settings,
             batch_size=batch_size, overwrite=overwrite, progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 out, err = Console(), Console(stderr=True)
+PLAIN_EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
 
 Model = Annotated[str, typer.Argument(help="Embedded model (tiny-recall, tiny-hybrid), directory, or hub id.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe value, e.g. inverse.residual_steps=4.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a recipe value, e.g. inverse.residual_steps=4, or observer.kind=mse."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output directory holds.")]
 
 
@@ -45,13 +50,28 @@ def say(quiet: bool) -> Any:
 
 @contextmanager
 def bar(title: str, quiet: bool) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing where output is piped."""
+    """A progress bar on a terminal; where stderr is piped a plain line at times, so that a log shows life."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if quiet or not err.is_terminal:
+        yield (lambda done, total: None) if quiet else _Lines(title)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=True) as shown:
+    with Progress(*columns, console=err, transient=True) as shown:
         task = shown.add_task(title, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """`title: done of total`, at most one line in PLAIN_EVERY seconds."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.due = title, time.monotonic() + PLAIN_EVERY
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() >= self.due:
+            err.print(f"{self.title}: {done} of {total}", highlight=False, markup=False)
+            self.due = time.monotonic() + PLAIN_EVERY
 
 
 def table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:

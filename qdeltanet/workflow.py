@@ -7,28 +7,42 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import __version__
-from .calib import Sensitivity, calibrate, load_samples, sensitivity
+from ._processes import current
+from ._threads import threads as pinned_threads
+from .calib import Sensitivity, calibrate, calibrate_layerwise, load_samples, sensitivity
 from .calib.data import Samples
+from .calib.request import difference
+from .calib.session import Resume
 from .checkpoint import Calibration, export_checkpoint, load_calibration
 from .core import QDeltaNetError, sqnr, unknown
 from .core.files import whole_directory
 from .eval.embedded import DATASETS, MODELS, dataset_path, model_path
 from .eval.evaluate import Row, evaluate
-from .eval.prepare import prepare_model, saturation
+from .eval.prepare import check_recipe, prepare_model, saturation
 from .eval.reload import save_logits
-from .models import load_model, load_tokenizer, model_fingerprint, quantize_model, set_execution
+from .models import (
+    StreamedModel,
+    execution_device,
+    load_model,
+    load_tokenizer,
+    set_execution,
+    vocabulary_size,
+    weights_digest,
+)
 from .recipe import Recipe, load_recipe
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 # The calibration set of each embedded model and the length of its sequences.
 EMBEDDED_DATA = {"tiny-recall": ("recall", 128), "tiny-hybrid": ("bytes", 512)}
@@ -54,32 +68,62 @@ def run_calibration(
     recipe: Recipe,
     *,
     dataset: str | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     seq_len: int | None = None,
     batch_size: int = 8,
     text_column: str | None = None,
+    seed: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     backend: str | None = None,
+    threads: int | None = None,
+    resume: Resume | None = None,
+    layerwise: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Load, calibrate, return. dataset and seq_len default to those of an embedded model.
 
+    samples: None takes 128, or what there is. seed: shuffles the dataset.
     backend: execute the first batch there afterwards; the report then says how far its logits are from float.
+    threads, resume: as `calibrate`. Of several processes the first one reads the dataset. layerwise: never more than
+    one decoder layer in memory; needs `resume`, and excludes `backend`.
     """
     if batch_size < 1:
         raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
-    data = samples_for(model_name, dataset, samples, seq_len, text_column)
+    if layerwise and backend is not None:
+        raise QDeltaNetError("backend executes the whole model, layerwise never loads it: leave one of them out")
+    data = _first(lambda: samples_for(model_name, dataset, samples, seq_len, text_column, seed))
+    if layerwise:
+        return calibrate_layerwise(
+            model_path(model_name), recipe, data, resume=resume or Resume(), model_name=model_name,
+            batch_size=batch_size, dtype=dtype, device=device, threads=threads, progress=progress,
+        )  # fmt: skip
     model = load_model(model_path(model_name), dtype, device)
-    done = calibrate(model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress)
+    done = calibrate(
+        model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress, threads=threads,
+        resume=resume,
+    )  # fmt: skip
     if backend is None or recipe.is_float:
         return done
-    execution = _executed(model, data.tokens[:batch_size].to(model.device), backend)
-    return Calibration(done.recipe, done.scales, {**done.report, "execution": execution})
+    with pinned_threads(threads or torch.get_num_threads()):
+        first_batch = data.tokens[:batch_size].to(execution_device(model))
+        execution = _first(lambda: _executed(model, first_batch, backend))
+    return replace(done, report={**done.report, "execution": execution})
+
+
+def _first(work: Callable[[], T]) -> T:
+    """work() in the first process, its result in all."""
+    result: Any = current().agree(work() if current().first else None)
+    return result
 
 
 def samples_for(
-    model_name: str, dataset: str | None, samples: int, seq_len: int | None, text_column: str | None = None
+    model_name: str,
+    dataset: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    text_column: str | None = None,
+    seed: int | None = None,
 ) -> Samples:
     """Sequences for a model; dataset and seq_len default to those of an embedded model. Raises QDeltaNetError."""
     path = model_path(model_name)
@@ -92,7 +136,15 @@ def samples_for(
     if name not in DATASETS and difflib.get_close_matches(name, DATASETS):
         raise unknown("dataset", name, DATASETS)
     tokenizer = load_tokenizer(path)
-    return load_samples(dataset_path(name), tokenizer, samples, seq_len or length, text_column)
+    return load_samples(
+        dataset_path(name),
+        tokenizer,
+        samples,
+        seq_len or length,
+        text_column,
+        seed=seed,
+        vocab_size=vocabulary_size(path),
+    )
 
 
 def run_sensitivity(
@@ -119,7 +171,8 @@ def run_sensitivity(
     if data.name == dataset_path("recall"):
         counted[:] = False
         counted[:, RECALL_ANSWERS] = True
-    return sensitivity(model, recipe, data.tokens.to(model.device), counted=counted.to(model.device), progress=progress)
+    place = execution_device(model)
+    return sensitivity(model, recipe, data.tokens.to(place), counted=counted.to(place), progress=progress)
 
 
 def _executed(model: Any, tokens: Tensor, backend: str) -> dict[str, Any]:
@@ -133,21 +186,32 @@ def _executed(model: Any, tokens: Tensor, backend: str) -> dict[str, Any]:
     return {"backend": backend, "sqnr_db": round(sqnr(expected, found), 2), "saturated": clipped}
 
 
-def is_complete(path: Path, model_name: str, recipe: Recipe, request: dict[str, Any]) -> bool:
-    """Whether `path` already holds the calibration that a request would make."""
+def is_complete(path: Path, recipe: Recipe, options: Mapping[str, Any]) -> bool:
+    """Whether `path` already holds the calibration that these options (the command's) would make.
+
+    Raises QDeltaNetError that says what differs if it holds another one; False if it holds none.
+    """
     try:
-        there = load_calibration(path)
+        report = load_calibration(path).report
     except QDeltaNetError:
         return False
-    same = there.recipe.fingerprint == recipe.fingerprint
-    same = same and all(there.report.get("request", {}).get(k) == v for k, v in request.items())
-    return same and there.report["model"]["fingerprint"] == _fingerprint(model_name, recipe)
+    there = {"recipe": report["recipe"]["fingerprint"], **report.get("request", {})}
+    differs = difference(there, {"recipe": recipe.fingerprint, **options}) or _other_inputs(report, options)
+    if differs:
+        raise QDeltaNetError(
+            f"output {path} holds another calibration ({differs}): pass --overwrite to replace it, or name another "
+            "--output"
+        )
+    return True
 
 
-def _fingerprint(model_name: str, recipe: Recipe) -> str:
-    model = load_model(model_path(model_name))
-    quantize_model(model, recipe)
-    return model_fingerprint(model)
+def _other_inputs(report: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """Whether model and dataset are what they were when a calibration was made; nothing computes."""
+    data = samples_for(*(options[k] for k in ("model", "dataset", "samples", "seq_len", "text_column", "seed")))
+    streamed = StreamedModel(model_path(options["model"]), options["dtype"])
+    model = {"fingerprint": streamed.fingerprint(), "weights": weights_digest(streamed.model)}
+    there = {"model": {key: report["model"].get(key) for key in model}, "dataset": report["dataset"]["sha256"]}
+    return difference(there, {"model": model, "dataset": data.digest})
 
 
 def evaluation_rows(
@@ -159,10 +223,11 @@ def evaluation_rows(
     backend: str,
     say: Say,
     device: str = "cpu",
+    samples: int | None = None,
 ) -> list[Row]:
     """float first, then a row per recipe with the calibration that belongs to it.
 
-    An embedded model without a calibration is calibrated on its own set, and says so.
+    An embedded model without a calibration is calibrated on its own set (samples: as `run_calibration`), and says so.
     """
     rows = [Row("float", execution="float")]
     for name, recipe in recipes:
@@ -171,20 +236,19 @@ def evaluation_rows(
         static = not recipe.is_float and _static(recipe)
         found = next((c for c in calibrations if c.recipe.fingerprint == recipe.fingerprint), None)
         if found is None and static and len(calibrations) == len(recipes) == 1:
-            found = calibrations[0]  # meant for this row: what differs is said when it is applied
+            check_recipe(calibrations[0], recipe)  # it is meant for this row: say what differs before any work
         if found is None and static and model_name in MODELS:
-            say(f"{name}: no calibration given; calibrating on 128 samples of {EMBEDDED_DATA[model_name][0]}")
-            found = run_calibration(model_name, recipe, device=device)
+            say(f"{name}: no calibration given; calibrating on {EMBEDDED_DATA[model_name][0]}")
+            found = run_calibration(model_name, recipe, samples=samples, device=device)
         rows.append(Row(name, recipe, found, execution, backend))  # type: ignore[arg-type]
     return rows
 
 
 def _static(recipe: Recipe) -> bool:
-    """Whether any site asks for a calibrated scale."""
-    rule = recipe.layer(0).rule
-    sites = [] if rule is None else list(rule.sites.values())
-    projections = [p for p in recipe.projections.values() if p is not None]
-    return any(s.scale == "calibrated" for s in sites) or any(p.scale == "calibrated" for p in projections)
+    """Whether any site asks for a calibrated scale, or a projection for codes that only data can give."""
+    sites = [s for one in recipe.schemes if one.rule is not None for s in one.rule.sites.values()]
+    sites += [p.activation for one in recipe.schemes for p in one.projections.values()]
+    return recipe.codes_by_data or any(s.format is not None and s.scale == "calibrated" for s in sites)
 
 
 def run_export(

@@ -27,7 +27,7 @@ def test_killed_and_taken_up_again(tmp_path):
     wait_for(cut / "found.search.json", 6)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [p.name for p in cut.iterdir()] == ["found.search.json"]
+    assert [p.name for p in cut.iterdir() if ".partial-" not in p.name] == ["found.search.json"]
     done = run(*args)
     assert done.returncode == 0, done.stderr
     assert "chosen" in done.stdout
@@ -39,6 +39,7 @@ def test_killed_and_taken_up_again(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("found.yaml", "found.pareto.json", "found.pareto.png", "found.search.json"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(p.name for p in cut.iterdir()) == sorted(p.name for p in whole.iterdir())
     chosen = json.loads((tmp_path / "r.json").read_text())["chosen"]
     assert set(chosen["choices"]) == set(load_recipe(whole / "found.yaml").layers) == {"0", "1"}
     refused = run("search", "tiny-recall", *QUICK, "--seed", "1", "-o", str(whole / "found.yaml"))
@@ -77,6 +78,15 @@ def test_mistakes_are_one_line(tmp_path, args, line):
     assert line in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    done = run("search", "tiny-recall", *QUICK, "-o", str(tmp_path / "found.yaml"))
+    assert done.returncode == 2
+    assert "search is one process" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_infeasible_budget_says_the_least(tmp_path):

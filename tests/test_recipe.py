@@ -11,6 +11,7 @@ from qdeltanet.recipe import load_recipe, parse_recipe, shipped_recipes
 SHIPPED = {
     "float",
     "int8",
+    "int8-decode",
     "int16",
     "int3",
     "int4",
@@ -18,6 +19,8 @@ SHIPPED = {
     "int4-static",
     "neumann-int8",
     "neumann-int16",
+    "w4a16",
+    "w4a8",
     "w8a8",
 }
 
@@ -29,6 +32,15 @@ def test_recipes_that_ship_bind():
         assert set(SITES) <= set(scheme.bound(128).sites)
     assert load_recipe("float").is_float
     assert not load_recipe("int8").is_float
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["sites={'*': {format: int8}}", "inverse.format=int8", "projections={mlp.*: {weight: int8}}"],
+)
+def test_one_quantized_layer_is_enough_not_to_be_float(override):
+    assert not load_recipe("float", [f"layers.1*.{override}"]).is_float
+    assert not load_recipe("int8", ["layers.*.sites={'*': {format: float}}", f"layers.12.{override}"]).is_float
 
 
 def test_resolved_yaml_is_the_same_recipe(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core import NonFiniteError, QDeltaNetError
 from ...delta_rule import LayerScheme, scale_shape, scale_specs
 from ...inverse import plan
-from ...models import delta_net_layers, quantize_model, set_execution
+from ...models import delta_net_layers, execution_device, quantize_model, set_execution
 from ...nn import GatedDeltaNet, Scales
 from ...recipe import Recipe
 from ..data import Samples
@@ -132,7 +132,7 @@ class Harness:
 
     def _log_probabilities(self, batch: Tensor) -> Tensor:
         """float32 [B, T, vocabulary]."""
-        logits: Tensor = self.model(input_ids=batch.to(self.model.device), use_cache=False).logits
+        logits: Tensor = self.model(input_ids=batch.to(execution_device(self.model)), use_cache=False).logits
         return F.log_softmax(logits.float(), -1)
 
 
@@ -144,7 +144,7 @@ def set_scheme(layer: GatedDeltaNet, scheme: LayerScheme) -> None:
     layer.scheme, layer.bound = scheme, scheme.bound(layer.dims.key_dim, layer.dims.value_dim)
     layer.specs = scale_specs(layer.bound, scheme.plan)
     layer.scales = Scales({s.key: scale_shape(s, layer.dims, scheme.plan.chunk_size) for s in layer.specs})
-    layer.scales.to(layer.A_log.device)
+    layer.scales.to(execution_device(layer))
     layer.set_execution("float")
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from ..._version import __version__
 from ...core import QDeltaNetError
+from ...core.files import check_file
 from ...delta_rule import Dimensions, LayerScheme, rule_cost
 from ...inverse import Profile
-from ...models import model_fingerprint
+from ...models import execution_device, model_fingerprint, weights_digest
 from ...recipe import Recipe, load_recipe
 from ..data import Samples
+from ..request import device_name, digest, versions
 from .candidates import candidates
 from .harness import Harness
-from .journal import VERSION, Journal, digest
+from .journal import VERSION, Journal
 from .report import content, is_complete, journal_path, named, numbers, plain, write
 from .run import Progress, search
 from .stages import Settings
@@ -46,11 +47,11 @@ def search_to(
     `overwrite`), or cannot be written.
     """
     candidates(base.chunk_size, settings.methods, settings.formats)  # names are checked before the work starts
+    _check_name(output)
     harness = Harness(model, base, samples, batch_size)
     request = _request(model, base, samples, profile, settings, batch_size)
     if is_complete(output, request, budget):
         return None
-    _check_name(output)
     journal = Journal(journal_path(output), request, overwrite)
     _check_free(output, overwrite)
 
@@ -69,13 +70,13 @@ def _request(
 ) -> dict[str, Any]:
     """All that the measurements depend on; the budget is not part of it."""
     return {
-        "model": model_fingerprint(model),
+        "model": {"fingerprint": model_fingerprint(model), "weights": weights_digest(model)},
         "recipe": base.fingerprint,
         "dataset": {"name": samples.name, "shape": list(samples.tokens.shape), "sha256": samples.digest},
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "versions": {"qdeltanet": __version__, "torch": str(torch.__version__), "journal": VERSION},
+        "device": device_name(execution_device(model)),
+        "versions": versions() | {"journal": VERSION},
         "threads": torch.get_num_threads(),  # sums of floats depend on it
         "profile": {"name": profile.name, "sha256": digest(numbers(profile))},
         "settings": plain(asdict(settings)),
@@ -87,6 +88,7 @@ def _check_name(output: Path) -> None:
         raise QDeltaNetError(f"output {output} is a directory; name a file, e.g. {output / 'recipe.yaml'}")
     if output.suffix not in (".yaml", ".yml"):
         raise QDeltaNetError(f"output {output}: a recipe is a YAML file; name it {output.stem}.yaml")
+    check_file(output)
 
 
 def _check_free(output: Path, overwrite: bool) -> None:

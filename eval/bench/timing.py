@@ -7,7 +7,6 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from ..._threads import threads as threads
 
 Call = Callable[[], Any]
 Progress = Callable[[int, int], None]
@@ -174,17 +175,6 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 # -- conditions --------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """torch's threads inside, as before after."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def keep_memory() -> bool:

@@ -23,6 +23,7 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write a quantized in-memory model as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
+    A multimodal model stays one: `AutoModelForImageTextToText` loads it whole, `AutoModelForCausalLM` its text part.
     The directory holds config.json with `quantization_config: {"quant_method": "qdeltanet", ...}`, model*.safetensors
     and the tokenizer. Returns the quantization_config. Raises QDeltaNetError if the model is not quantized or the
     directory may not be written.

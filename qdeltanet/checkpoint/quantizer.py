@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -81,16 +84,19 @@ class QDeltaNetQuantizer(HfQuantizer):
 def check_files(files: Sequence[Path], digests: dict[str, str], model: Any) -> None:
     """Compare the files with what was exported and with what the model expects; name every mismatch at once.
 
+    A text model may read a multimodal checkpoint: its tensors are compared under the names that it gives them.
     Raises QDeltaNetError before a single tensor is loaded.
     """
     problems = [f"{name} is missing" for name in digests if name not in {f.name for f in files}]
+    own_name = _own_names(model)
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 (not a dict)
-                    part = opened.get_slice(key)
-                    found[key] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                    part, name = opened.get_slice(key), own_name(key)
+                    if name is not None:
+                        found[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
         except (SafetensorError, OSError) as e:
             problems.append(f"{file.name} cannot be read ({str(e).splitlines()[0]})")
             continue
@@ -99,6 +105,18 @@ def check_files(files: Sequence[Path], digests: dict[str, str], model: Any) -> N
     problems += _mismatches(found, model) if found else []
     if problems:
         raise QDeltaNetError("damaged checkpoint: " + "; ".join(problems) + "; export it again")
+
+
+def _own_names(model: Any) -> Callable[[str], str | None]:
+    """The name of a file's tensor in this model, as transformers will rename it; None for what the class leaves out."""
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    left_out = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def own_name(key: str) -> str | None:
+        name, _ = rename_source_key(key, renamings, [])
+        return None if any(pattern.search(name) for pattern in left_out) else name
+
+    return own_name
 
 
 def _mismatches(found: dict[str, tuple[tuple[int, ...], torch.dtype]], model: Any) -> list[str]:

@@ -19,9 +19,10 @@ from ..core import (
     difference_decay,
 )
 from ..delta_rule import bind, prepare, run_front
-from ..inverse import Plan, run_plan, unfit_factor
+from ..inverse import Plan, plan, run_plan, unfit_factor
 from .inputs import (
     ALL_KINDS,
+    FEEDBACK_KINDS,
     FORMATS,
     LARGE_PLANS,
     METHOD_PLANS,
@@ -53,7 +54,7 @@ class Case:
 
 def suite(quick: bool = False) -> list[Case]:
     """Every case. quick: one plan and one format less of everything, for slow backends (an interpreter)."""
-    return [*_decay(), *_products(quick), *_inverses(quick), *_rules(quick), *_layers(quick)]
+    return [*_decay(), *_products(quick), *_inverses(quick), *_rules(quick), *_feedback(quick), *_layers(quick)]
 
 
 # -- products of codes -------------------------------------------------------------------------------------------------
@@ -174,6 +175,21 @@ def _rules(quick: bool) -> Iterator[Case]:
                     yield Case("rule", name, partial(_rule, p, kind, bits, other, inputs, False))
 
 
+def _feedback(quick: bool) -> Iterator[Case]:
+    """States that keep what rounding lost: over chunks, and token by token as in decode."""
+    for how, p in {"eager": PLANS["eager"], "decode": plan("identity", 1)}.items():
+        for kind_name, kind in FEEDBACK_KINDS.items():
+            for bits in (8,) if quick else (4, 8, 16):
+                inputs = rule_inputs(2, 2 * p.chunk_size + 5, 1, 2, 16, 8, seed=bits)
+                yield Case("rule", f"{how}, {kind_name}, int{bits}", partial(_fed_back, p, kind, bits, inputs))
+
+
+def _fed_back(p: Plan, kind: Kind, bits: int, inputs: Inputs, backend: Backend, device: torch.device) -> Outcome:
+    other = rule_inputs(2, 40, 1, 2, 16, 8)  # scales of prefill, some of which the inputs outgrow
+    scheme, scales = bound_rule(other, PLANS["eager"], bits, kind)
+    return _run_rule(scheme, scales, p, inputs, True, backend, device)
+
+
 def _rule(
     p: Plan,
     kind: Kind,
@@ -251,6 +267,8 @@ def _outcome(ar: IntegerArithmetic, **operands: Operand) -> Outcome:
         found[name] = x.codes.to(torch.int64).cpu()
         if x.scale is not None:
             found[f"scale of {name}"] = x.scale.expand(x.codes.shape).cpu()
+        if x.residual is not None:
+            found[f"residual of {name}"] = x.residual.codes.to(torch.int64).cpu()
     for site, n in sorted(ar.saturated.items()):
         found[f"clipped at {site}"] = torch.tensor([n])
     return found

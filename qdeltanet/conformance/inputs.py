@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..core import (
     power_of_two_ceil,
 )
 from ..delta_rule import ScaleSpec, bind, make_scales, rule_sites, run_rule, scale_specs
-from ..delta_rule.sites import CARRIED, is_register
+from ..delta_rule.sites import CARRIED, FED_BACK, is_register
 from ..inverse import Plan, plan, site_of
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -32,12 +32,16 @@ FORMATS = (4, 6, 8, 12, 16)
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to hold scales and to requantize, for all sites. carry: registers, A and state in INT16 between uses."""
+    """One way to hold scales and to requantize, for all sites. carry: registers, A and state in INT16 between uses.
+
+    feedback: the state keeps INT8 residuals, and is not carried.
+    """
 
     scale: ScaleSource = "calibrated"
     granularity: Granularity = Granularity.PER_HEAD
     carry: bool = False
     requantize: Mode = "float"
+    feedback: bool = False
 
 
 KINDS = {
@@ -56,6 +60,10 @@ INTEGER_KINDS = {
     "power_of_two finest": Kind("calibrated", Granularity.FINEST, carry=True, requantize="power_of_two"),
 }
 ALL_KINDS = KINDS | INTEGER_KINDS
+FEEDBACK_KINDS = {
+    f"{name}, feedback": replace(ALL_KINDS[name], feedback=True)
+    for name in ("per_head", "per_head dynamic", "finest", "finest dynamic", "fixed_point", "power_of_two")
+}
 PLANS = {
     "eager": plan("block_merge", 32),
     "radix 2": plan("block_merge", 32, radices=[2] * 5),
@@ -142,8 +150,10 @@ def rule_scheme(p: Plan, bits: int, kind: Kind, **overrides: SiteScheme) -> Rule
     """A scheme with `bits` at every site, not bound yet. overrides: by site, dots written as two underscores."""
 
     def of(site: str) -> SiteScheme:
-        carried = kind.carry and (is_register(site) or site in CARRIED)
-        return SiteScheme(IntFormat(bits), kind.scale, kind.granularity, INT16 if carried else None)
+        fed_back = kind.feedback and site in FED_BACK
+        carried = kind.carry and not fed_back and (is_register(site) or site in CARRIED)
+        held = INT16 if carried else None
+        return SiteScheme(IntFormat(bits), kind.scale, kind.granularity, held, IntFormat(8) if fed_back else None)
 
     sites = {site: of(site) for site in rule_sites(p)}
     sites |= {name.replace("__", "."): scheme for name, scheme in overrides.items()}

@@ -47,6 +47,7 @@ from .scheme import (
     ScaleSource,
     Side,
     SiteScheme,
+    WeightMethod,
     use_granularity,
     use_key,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "SiteScheme",
     "Target",
     "Term",
+    "WeightMethod",
     "byte_matmul",
     "check_bound",
     "check_codes",

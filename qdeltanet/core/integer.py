@@ -13,6 +13,7 @@ from torch import Tensor
 from .accumulate import COEFFICIENT_MAX, check_product, coefficient_bits, product_bound
 from .backend import Backend
 from .errors import BindingError, NonFiniteError, QDeltaNetError
+from .feedback import entered_residual, stored_residual
 from .granularity import Granularity, dynamic_scale, fit_scale
 from .operand import Operand, block_part, diagonal_blocks, repeat_heads, sub_blocks
 from .quantize import check_scale, coefficient_codes, round_half_even, saturate
@@ -71,15 +72,16 @@ class IntegerArithmetic:
         if isinstance(out, Granularity):
             scale = dynamic_scale(x, held.qmax, out)
             _check_finite(site, scale)
-            return Operand(site, round_half_even(x / scale, new=True), scale, held)
-        scale = out
-        if scale.device != x.device:
-            raise QDeltaNetError(f"site {site}: its scale is on {scale.device}, the tensor on {x.device}; move one")
-        codes, saturated = saturate(round_half_even(x / scale, new=True), held)
-        if not isinstance(saturated, int):  # NaN and Inf lie outside of every format
-            _check_finite(site, x)
-        self.count(site, saturated)
-        return Operand(site, codes, scale, held)
+            codes = round_half_even(x / scale, new=True)
+        else:
+            scale = out
+            if scale.device != x.device:
+                raise QDeltaNetError(f"site {site}: its scale is on {scale.device}, the tensor on {x.device}; move one")
+            codes, saturated = saturate(round_half_even(x / scale, new=True), held)
+            if not isinstance(saturated, int):  # NaN and Inf lie outside of every format
+                _check_finite(site, x)
+            self.count(site, saturated)
+        return entered_residual(Operand(site, codes, scale, held), x, scheme.feedback)
 
     def product(
         self,
@@ -122,7 +124,7 @@ class IntegerArithmetic:
         if size is not None:
             split = tuple(sub_blocks(s, size, x.codes.shape[-1]) for s in scales)
             return Term(sub_blocks(x.codes, size), split, sign, bound, blocks=x.codes.shape[-1])
-        return self._scaled(x.codes, scales, bound, _bits(x), coefficient, sign, region)
+        return self._scaled(x.codes, scales, bound, self._resolution(x), coefficient, sign, region)
 
     def store(
         self,
@@ -141,11 +143,14 @@ class IntegerArithmetic:
         scale = self.out_scale(site, scheme, size, compact)
         where = None if shape is None else tuple(shape)
         target = Target(scheme.held, scale, self.scheme.requantize, where, mask, compact)
+        if scheme.feedback is not None:
+            terms = [replace(t, fresh=False) for t in terms]  # they are read once more
         result = self.backend.requantize(terms, target)
         if scheme.scale == "dynamic" and not bool(result.scale.isfinite().all()):
             raise NonFiniteError(site)  # the sum left float32: a method that diverges, or inputs that do
         self.count(site, result.saturated)
-        return Operand(site, result.codes, result.scale, scheme.held, compact)
+        stored = Operand(site, result.codes, result.scale, scheme.held, compact)
+        return stored_residual(stored, terms, target, scheme.feedback, self.backend)
 
     def fused(self, kernel: str, *arguments: Any) -> Any:
         run = self.backend.kernels.get(kernel)
@@ -189,6 +194,7 @@ class IntegerArithmetic:
         A dynamic scale is that of the part which takes part; a static one belongs to the whole tensor.
         """
         scheme = self.site(x.site)
+        x = x.parts[0]
         carried = scheme.carry is not None and x.format is not None and scheme.format is not None
         if part is not None and not (carried and scheme.scale != "dynamic"):
             x, part = block_part(x, size, *part), None
@@ -207,6 +213,11 @@ class IntegerArithmetic:
         self.count(x.site, result.saturated)
         used = replace(x, codes=result.codes, scale=result.scale, format=scheme.format)
         return used if part is None else used.part(*part)
+
+    def _resolution(self, x: Operand) -> int:
+        """Bits that an addend's coefficient has to resolve: with feedback those of codes and residual together."""
+        scheme = self.scheme.sites.get(x.site)  # the constant I of a plan is no site
+        return _bits(x) + (0 if scheme is None or scheme.feedback is None else scheme.feedback.bits)
 
     def _scaled(
         self,

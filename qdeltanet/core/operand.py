@@ -17,7 +17,8 @@ class Operand:
     """codes [..., H, R, C] with a float32 scale that broadcasts against them.
 
     format: None where codes are real numbers (scale None). compact: a register of the inverse held as its blocks on
-    the diagonal, [..., H, n, b, b].
+    the diagonal, [..., H, n, b, b]. residual: of a state with error feedback, what its codes leave out, as codes of a
+    finer step.
     """
 
     site: str
@@ -25,6 +26,17 @@ class Operand:
     scale: Tensor | None = None
     format: IntFormat | None = None
     compact: bool = False
+    residual: Operand | None = None
+
+    @property
+    def parts(self) -> tuple[Operand, ...]:
+        """What adds up to the tensor: the codes, and the residual where there is one."""
+        return (self,) if self.residual is None else (replace(self, residual=None), self.residual)
+
+    def with_residual(self, codes: Tensor, feedback: IntFormat) -> Operand:
+        """With residual codes of step scale * 2^-bits: a format of `bits` bits just holds half a step of the codes."""
+        assert self.scale is not None
+        return replace(self, residual=Operand(self.site, codes, self.scale * 2.0**-feedback.bits, feedback))
 
     @property
     def mT(self) -> Operand:
@@ -49,8 +61,10 @@ class Operand:
         return self.codes.shape[-1] * (self.codes.shape[-3] if self.compact else 1)
 
     def real(self) -> Tensor:
-        """float32 values."""
-        return self.codes.to(torch.float32) if self.scale is None else self.codes.to(torch.float32) * self.scale
+        """float32 values, the residual included."""
+        real = self.codes.to(torch.float32)
+        real = real if self.scale is None else real * self.scale
+        return real if self.residual is None else real + self.residual.real()
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -65,6 +79,8 @@ def check_codes(x: Operand) -> None:
 
     On an accelerator this would wait for the device, so there it is left to whoever made the codes.
     """
+    if x.residual is not None:
+        check_codes(x.residual)
     if x.format is None or x.codes.device.type != "cpu" or not x.codes.numel():
         return
     low, high = (float(v) for v in x.codes.detach().aminmax())

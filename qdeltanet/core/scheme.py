@@ -13,6 +13,7 @@ from .requantize import Mode
 ScaleSource = Literal["calibrated", "bound", "dynamic"]
 Side = Literal["left", "right"]
 Decay = Literal["exp", "exp2"]
+WeightMethod = Literal["rtn", "mse", "gptq"]
 ROTATIONS = ("qk", "v")
 
 
@@ -23,13 +24,16 @@ class SiteScheme:
     format: None leaves the site in floating point (fake execution only). scale: `calibrated` is static, from a
     calibration; `bound` is static, from a proven range (A, T and registers of the inverse); `dynamic` is computed from
     the tensor itself. granularity: the axes the scale keeps. carry: a wider format in which the tensor is held, with
-    requantization to `format` at each use as an operand; None where the operand's codes are all there is.
+    requantization to `format` at each use as an operand; None where the operand's codes are all there is. feedback: of
+    the state only, the format of residual codes that travel beside its codes, with step scale * 2^-bits: what rounding
+    lost, put back into the next state. Products read the codes alone.
     """
 
     format: IntFormat | None
     scale: ScaleSource = "calibrated"
     granularity: Granularity = Granularity.PER_HEAD
     carry: IntFormat | None = None
+    feedback: IntFormat | None = None
 
     @property
     def held(self) -> IntFormat | None:
@@ -74,10 +78,15 @@ class RuleScheme:
 
 @dataclass(frozen=True)
 class ProjectionScheme:
-    """Integer execution of one projection: weight codes per output channel, activations per token or per tensor.
+    """Integer execution of one projection.
 
-    weight: format of the weight codes. activation: `dynamic` per_token, or `calibrated` per_tensor.
+    weight: format of the weight codes. activation: `dynamic` per_token, or `calibrated` per_tensor; with format None
+    the weights alone are integers. group: input channels that share a scale, for each output channel; None: all of
+    them. method: how a weight becomes a code, given the others: to nearest at the range of its group (`rtn`), or at the
+    clip of least square error (`mse`), or so that the outputs for the calibration data change least (`gptq`).
     """
 
     weight: IntFormat
     activation: SiteScheme
+    group: int | None = None
+    method: WeightMethod = "rtn"

@@ -28,7 +28,9 @@ from ..core import (
     use_key,
 )
 from ..inverse import INPUT, OUTPUT, Plan, check_factors, site_of
-from .sites import CARRIED, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
+from .sites import CARRIED, FED_BACK, SITES, granularity_of, is_register, kept_axis, rule_sites, used_sides
+
+FEEDBACK_BITS = 24
 
 # Products of the rule: (name, left site, right site, contracted axis).
 PRODUCTS = (
@@ -94,6 +96,8 @@ def _scheme_of(scheme: RuleScheme, site: str) -> SiteScheme:
 
 
 def _resolve(site: str, s: SiteScheme, plan: Plan, requantize: Mode) -> SiteScheme:
+    if s.feedback is not None:
+        _check_feedback(site, s)
     if s.format is None:
         return s
     if s.scale == "dynamic" and requantize != "float":
@@ -113,6 +117,20 @@ def _resolve(site: str, s: SiteScheme, plan: Plan, requantize: Mode) -> SiteSche
             "or block_merge with join: eager, or with radix 2 throughout"
         )
     return replace(s, granularity=_granularity(site, s, plan))
+
+
+def _check_feedback(site: str, s: SiteScheme) -> None:
+    assert s.feedback is not None
+    if site not in FED_BACK:
+        raise BindingError(f"site {site}: only {', '.join(FED_BACK)} has error feedback")
+    if s.format is None or s.carry is not None:
+        other = "a float state loses nothing" if s.format is None else "carry keeps what feedback would"
+        raise BindingError(f"site {site}: {other}; leave feedback out")
+    if s.format.bits + s.feedback.bits > FEEDBACK_BITS:
+        raise BindingError(
+            f"site {site}: {s.format.name} with feedback {s.feedback.name} is more than the {FEEDBACK_BITS} bits that "
+            "a float32 sum resolves; use fewer"
+        )
 
 
 def _granularity(site: str, s: SiteScheme, plan: Plan) -> Granularity:

@@ -138,8 +138,8 @@ def _scan(front: Front, state: Operand, ar: Arithmetic, plan: Plan, output: Tens
         v_new = ar.store("v_new", [ar.product(w[n], state, sign=-1), *(term[n] for term in u)])
         o = ar.read([ar.product(q_decay[n], state), ar.product(attn[n], v_new)])
         output[:, n] = (hadamard(o) if "v" in front.rotate else o).transpose(1, 2)
-        carried = ar.addend(state, coefficient=front.chunk_decay[n])
-        state = ar.store("state", [ar.product(k_decay[n].mT, v_new), carried])
+        carried = (ar.addend(x, coefficient=front.chunk_decay[n]) for x in state.parts)
+        state = ar.store("state", [ar.product(k_decay[n].mT, v_new), *carried])
     return state
 
 

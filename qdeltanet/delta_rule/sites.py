@@ -49,6 +49,9 @@ SITES: dict[str, Site] = {
 # Sites that may be carried in a wider format, with requantization at each use.
 CARRIED = ("A", "state")
 
+# Sites that may keep what rounding lost: those that are their own addend.
+FED_BACK = ("state",)
+
 
 def rule_sites(plan: Plan) -> list[str]:
     """Names of all sites of a rule that runs `plan`: the table, then the plan's registers as `inverse.<register>`."""

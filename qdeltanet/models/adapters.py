@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..core import QDeltaNetError
-from ..delta_rule import Dimensions, LayerScheme
+from ..delta_rule import LayerScheme
 from ..nn import GatedDeltaNet
 from ..recipe import Recipe
-from .qwen3_5 import Qwen3_5Adapter
+from .delta_net import DELTA_NET
+from .family import Adapter
+from .layers import QuantizedLayer, quantized_layers
+from .linears import quantize_linears
+from .olmo_hybrid import OLMO_HYBRID
+from .placement import execution_device, take_over_hook
+from .qwen3_5 import QWEN3_5
+from .qwen3_next import QWEN3_NEXT
 
-
-class Adapter(Protocol):
-    """What qdeltanet has to know about a family.
-
-    model_types: values of `config.model_type`. role_names: recipe roles to attribute names.
-    """
-
-    @property
-    def model_types(self) -> tuple[str, ...]: ...
-
-    @property
-    def role_names(self) -> Mapping[str, str]: ...
-
-    def is_layer(self, module: nn.Module) -> bool:
-        """Whether a module is the family's Gated DeltaNet."""
-        ...
-
-    def dimensions(self, module: Any) -> Dimensions: ...
-
-    def parts(self, module: Any) -> dict[str, nn.Module | nn.Parameter]:
-        """Sub-modules and parameters to take over, by the names they keep in the state dict."""
-        ...
-
-
-ADAPTERS: tuple[Adapter, ...] = (Qwen3_5Adapter(),)
+ADAPTERS: tuple[Adapter, ...] = (QWEN3_5, QWEN3_NEXT, OLMO_HYBRID, DELTA_NET)
 
 
 def adapter_for(config: Any) -> Adapter:
@@ -49,19 +34,23 @@ def adapter_for(config: Any) -> Adapter:
             return adapter
     known = ", ".join(t for a in ADAPTERS for t in a.model_types)
     family = getattr(config, "model_type", "?")
-    raise QDeltaNetError(f"model family {family!r} is not supported (known: {known}); add qdeltanet/models/{family}.py")
+    raise QDeltaNetError(
+        f"model family {family!r} is not supported (known: {known}); add qdeltanet/models/{family}.py and name it in "
+        "ADAPTERS of qdeltanet/models/adapters.py"
+    )
 
 
 def quantize_model(model: Any, recipe: Recipe) -> dict[int, GatedDeltaNet]:
-    """Replace every Gated DeltaNet of a loaded or meta-device model in place; weights are kept, scales still empty.
+    """Replace every Gated DeltaNet of a loaded or meta-device model in place, and the other linears that the recipe
+    quantizes; weights are kept, scales still empty.
 
     Execution starts as float. Returns the new layers by index. Raises QDeltaNetError for a family or a model that has
-    none, and BindingError where the recipe cannot be bound to a layer.
+    none and for a recipe that names layers which the model lacks, and BindingError where the recipe cannot be bound to
+    a layer. Layers that accelerate has placed or offloaded (`device_map`) stay so.
     """
     adapter = adapter_for(model.config)
     found = list(_find(model, adapter))
-    if not found:
-        raise QDeltaNetError("the model has no Gated DeltaNet (linear_attention) layer to quantize")
+    _check_layers(model.config, [int(module.layer_idx) for _, _, module in found], recipe)
     replaced = {}
     for parent, name, module in found:
         index = int(module.layer_idx)
@@ -69,7 +58,41 @@ def quantize_model(model: Any, recipe: Recipe) -> dict[int, GatedDeltaNet]:
         new.train(module.training)
         setattr(parent, name, new)
         replaced[index] = new
+    quantize_linears(model, adapter.linears, recipe)
     return replaced
+
+
+def ensure_quantized(model: Any, recipe: Recipe) -> dict[int, QuantizedLayer]:
+    """`quantize_model` where nothing is quantized yet; returns what is, by decoder layer index.
+
+    Raises QDeltaNetError for a model that another recipe has quantized: its scales would go by the wrong name.
+    """
+    if not quantized_layers(model):
+        quantize_model(model, recipe)
+    layers = quantized_layers(model)
+    for index, layer in layers.items():
+        if layer.delta_net is not None and layer.delta_net.scheme != recipe.layer(index):
+            raise QDeltaNetError(
+                f"the model is quantized already, and its layer {index} is not recipe {recipe.name}'s: load the float "
+                "model again"
+            )
+    return layers
+
+
+def _check_layers(config: Any, found: list[int], recipe: Recipe) -> None:
+    """Raises QDeltaNetError for a model without Gated DeltaNet layers, and for a recipe that names layers it lacks."""
+    text = getattr(config, "text_config", None) or config
+    if not found:
+        types = Counter(getattr(text, "layer_types", None) or ())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in types.items()) or "none of any known type"
+        raise QDeltaNetError(f"the model has no Gated DeltaNet (linear_attention) layer to quantize: it has {kinds}")
+    for key, override in recipe.layers.items():
+        others = range(text.num_hidden_layers) if override.projections else ()  # of attention and MLPs, too
+        if not any(fnmatchcase(str(index), key) for index in (*found, *others)):
+            layers = ", ".join(map(str, found))
+            raise QDeltaNetError(
+                f"recipe {recipe.name}: layers {key!r} is no Gated DeltaNet layer of the model ({layers})"
+            )
 
 
 def _find(model: nn.Module, adapter: Adapter) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -81,6 +104,7 @@ def _find(model: nn.Module, adapter: Adapter) -> Iterator[tuple[nn.Module, str, 
 
 def _replacement(module: Any, adapter: Adapter, scheme: LayerScheme, index: int) -> GatedDeltaNet:
     parts = adapter.parts(module)
-    device = next(module.parameters()).device
-    with torch.device(device):
-        return GatedDeltaNet(parts, adapter.dimensions(module), scheme, index, adapter.role_names)
+    with torch.device(execution_device(module)):
+        new = GatedDeltaNet(parts, adapter.dimensions(module), scheme, index, adapter.role_names, adapter.wiring)
+    take_over_hook(module, new)
+    return new

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..backends import AUTO
+from ..core import BindingError
 from ..nn import Execution, GatedDeltaNet, QuantLinear
 
 _IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
@@ -79,8 +80,12 @@ def delta_net_layers(model: nn.Module) -> dict[int, GatedDeltaNet]:
 
 
 def set_execution(model: nn.Module, execution: Execution, backend: str = AUTO) -> None:
-    """Execution of everything that is quantized. Raises BindingError where a layer cannot execute so."""
-    for layer in quantized_layers(model).values():
+    """Execution of everything that is quantized. Raises BindingError for fake or integer execution of nothing."""
+    layers = quantized_layers(model).values()
+    rules = any(x.delta_net is not None and x.delta_net.bound is not None for x in layers)
+    if execution in ("fake", "integer") and not rules and not any(x.projections for x in layers):
+        raise BindingError("this recipe quantizes nothing: execute it as float")
+    for layer in layers:
         if layer.delta_net is not None:
             layer.delta_net.set_execution(execution, backend)
         for projection in layer.projections.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from ..backends import AUTO
 from ..core import (
     Arithmetic,
-    BindingError,
     FloatArithmetic,
     IntegerArithmetic,
     NonFiniteError,
@@ -27,28 +27,20 @@ from .execution import Execution, backend_for
 from .linear import QuantLinear
 from .scales import Scales
 from .state import pack_state, unpack_state
+from .wiring import Memory, Wiring, module_schemes
 
 Observe = Callable[[str, Tensor, bool], None]
+PACKED = ("cu_seq_lens_q", "cu_seqlens")
 
 
 class GatedDeltaNet(nn.Module):
-    """The layer of Qwen3.5 around `run_rule`.
+    """A family's layer around `run_rule`.
 
-    parts: the float layer's own sub-modules and parameters by their names (in_proj_qkv, in_proj_z, in_proj_b,
-    in_proj_a, conv1d, A_log, dt_bias, norm, out_proj). execution: `float`, `fake` or `integer`; `observe` is float with
-    an observer at every site, and the scheme's decay and rotations. The state is cached as codes of its site with their
+    parts: the float layer's own sub-modules and parameters by their names; `wiring` knows how they are put together,
+    role_names which of them a recipe's roles name. execution: `float`, `fake` or `integer`; `observe` is float with an
+    observer at every site, and the scheme's decay and rotations. The state is cached as codes of its site with their
     scale, in the rotated basis where the scheme rotates (`float` never does).
     """
-
-    in_proj_qkv: nn.Module
-    in_proj_z: nn.Module
-    in_proj_b: nn.Module
-    in_proj_a: nn.Module
-    out_proj: nn.Module
-    conv1d: nn.Module
-    norm: nn.Module
-    A_log: Tensor
-    dt_bias: Tensor
 
     def __init__(
         self,
@@ -56,14 +48,15 @@ class GatedDeltaNet(nn.Module):
         dims: Dimensions,
         scheme: LayerScheme,
         layer_idx: int,
-        role_names: Mapping[str, str],
+        role_names: Mapping[str, tuple[str, ...]],
+        wiring: Wiring | None = None,
     ) -> None:
         super().__init__()
         self.dims, self.scheme, self.layer_idx = dims, scheme, layer_idx
+        self.wiring = wiring or Wiring()
         for name, part in parts.items():
             setattr(self, name, part)
-        for role, projection in scheme.projections.items():
-            name = role_names[role]
+        for name, projection in module_schemes(scheme.projections, role_names, parts).items():
             linear = getattr(self, name)
             setattr(self, name, QuantLinear(linear.in_features, linear.out_features, projection, linear))
         self.bound = None if scheme.rule is None else scheme.bound(dims.key_dim, dims.value_dim)
@@ -79,9 +72,7 @@ class GatedDeltaNet(nn.Module):
     # -- execution ---------------------------------------------------------------------------------------------------
 
     def set_execution(self, execution: Execution, backend: str = AUTO) -> None:
-        """Choose how the layer and its quantized projections execute. Raises BindingError where it cannot."""
-        if execution in ("fake", "integer") and self.bound is None and not self.projections():
-            raise BindingError("this recipe quantizes nothing: execute it as float")
+        """Choose how the layer and its quantized projections execute; what the scheme leaves in float stays there."""
         self.execution, self.backend_name, self._arithmetic = execution, backend, None
         for projection in self.projections():
             projection.set_execution(execution, backend)
@@ -94,80 +85,69 @@ class GatedDeltaNet(nn.Module):
         """Clipped elements per site of the rule since set_execution."""
         return self._arithmetic.saturated if isinstance(self._arithmetic, IntegerArithmetic) else Counter()
 
-    @property
-    def arithmetic(self) -> Arithmetic:
-        if self._arithmetic is None or self._arithmetic_device != self.A_log.device:  # the model may have been moved
-            self._arithmetic, self._arithmetic_device = self._make_arithmetic(), self.A_log.device
+    def _arithmetic_on(self, device: torch.device) -> Arithmetic:
+        if self._arithmetic is None or self._arithmetic_device != device:  # the model may have been moved
+            self._arithmetic, self._arithmetic_device = self._make_arithmetic(device), device
         return self._arithmetic
 
-    def _make_arithmetic(self) -> Arithmetic:
+    def _make_arithmetic(self, device: torch.device) -> Arithmetic:
         if self.execution == "observe" and self.observe is not None:
             rule = self.scheme.rule
             return ObservingArithmetic(self.observe, *(() if rule is None else (rule.decay, rule.rotate)))
         if self.execution in ("float", "observe") or self.bound is None:
             return FloatArithmetic()
-        backend = backend_for(self.execution, self.backend_name, self.A_log.device)
+        backend = backend_for(self.execution, self.backend_name, device)
         return IntegerArithmetic(self.bound, self.scales.as_dict(), backend, allow_float=self.execution == "fake")
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
     def forward(
         self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         """hidden_states [B, T, D] -> [B, T, D]; cache and padding mask [B, T] as transformers passes them."""
+        if any(kwargs.get(name) is not None for name in PACKED):
+            raise QDeltaNetError(f"packed sequences ({', '.join(PACKED)}) are not supported; pad them")
+        mask = None if attention_mask is None else attention_mask[:, -hidden_states.shape[1] :, None]
+        if mask is not None:
+            hidden_states = (hidden_states * mask).to(hidden_states.dtype)
+        memory = self.wiring.memory(self, cache_params, kwargs)
         try:
-            return self._forward(hidden_states, cache_params, attention_mask, **kwargs)
+            return self.wiring.result(self._forward(hidden_states, memory, mask), kwargs)
         except NonFiniteError as e:
             raise NonFiniteError(e.site, f"layer {self.layer_idx}, ") from e
 
-    def _forward(
-        self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        if kwargs.get("cu_seq_lens_q") is not None:
-            raise QDeltaNetError("packed sequences (cu_seq_lens_q) are not supported; pad them")
-        if attention_mask is not None:
-            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-        tokens = hidden_states.shape[1]
-        state = self._cached_state(cache_params)
-        q, k, v = self._heads(self._convolved(self.in_proj_qkv(hidden_states), cache_params, tokens))
-        beta = self.in_proj_b(hidden_states).sigmoid() * self.dims.beta_max
-        a = self.in_proj_a(hidden_states).float()
-        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
-        decode = tokens == 1 and state is not None
+    def _forward(self, hidden_states: Tensor, memory: Memory | None, mask: Tensor | None) -> Tensor:
+        state = self._remembered_state(memory)
+        inputs = self.wiring.inputs(self, hidden_states, partial(self._convolve, memory=memory))
+        q, k, v, g, beta, gate = inputs if mask is None else inputs.without_padding(mask)
+        decode = hidden_states.shape[1] == 1 and state is not None
         plan = self.decode_plan if decode else self.scheme.plan
         output, state = run_rule(
             q, k, v, g, beta, state,
-            arithmetic=self.arithmetic, plan=plan, normalise=True, chunk_size=plan.chunk_size,
+            arithmetic=self._arithmetic_on(q.device), plan=plan, normalise=True, chunk_size=plan.chunk_size,
         )  # fmt: skip
-        if cache_params is not None:
-            cache_params.update_recurrent_state(pack_state(state), self.layer_idx)
-        z = self.in_proj_z(hidden_states).reshape(-1, self.dims.value_dim)
-        output = output.to(hidden_states.dtype).reshape(-1, self.dims.value_dim)
-        output = self.norm(output, z).reshape(*hidden_states.shape[:2], -1)
-        result: Tensor = self.out_proj(output)
-        return result
+        if memory is not None:
+            memory.store(pack_state(state))
+        return self.wiring.output(self, output.to(hidden_states.dtype), gate)
 
-    def _convolved(self, mixed: Tensor, cache_params: Any, tokens: int) -> Tensor:
-        """Causal depthwise convolution and SiLU over [B, T, channels], continuing from the cached inputs."""
+    def _convolve(self, mixed: Tensor, memory: Memory | None) -> Tensor:
+        """Causal depthwise convolutions and SiLU over [B, T, channels], continuing from the remembered inputs.
+
+        They are called as modules, never by their weights: hooks that load offloaded weights hang on the call.
+        """
         x = mixed.transpose(1, 2)
-        if cache_params is not None:
-            x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.dims.conv_kernel)
+        if memory is not None:
+            x = memory.extend(x)
         length = x.shape[-1]
-        x = F.silu(self.conv1d(x)[..., :length])
-        return x[..., -tokens:].transpose(1, 2)
+        convolutions = [getattr(self, name) for name in self.wiring.convolutions]
+        parts = x.split([c.in_channels for c in convolutions], dim=1)
+        outputs = [convolution(part)[..., :length] for convolution, part in zip(convolutions, parts, strict=True)]
+        x = F.silu(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
+        return x[..., -mixed.shape[1] :].transpose(1, 2)
 
-    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, channels] -> q, k [B, T, HK, K] and v [B, T, H, V]."""
-        d = self.dims
-        keys = d.key_heads * d.key_dim
-        q, k, v = mixed.split([keys, keys, d.value_heads * d.value_dim], dim=-1)
-        batch, tokens = mixed.shape[:2]
-        q, k = (x.reshape(batch, tokens, d.key_heads, d.key_dim) for x in (q, k))
-        return q, k, v.reshape(batch, tokens, d.value_heads, d.value_dim)
-
-    def _cached_state(self, cache_params: Any) -> Operand | None:
-        """Read before the convolution's cache is updated: transformers marks the layer as used there."""
-        packed = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+    def _remembered_state(self, memory: Memory | None) -> Operand | None:
+        """Read before the convolution's inputs are extended: transformers marks the layer as used there."""
+        packed = None if memory is None else memory.state()
         if packed is None:
             return None
         if packed.shape[-2] == self.dims.key_dim or self.bound is None:

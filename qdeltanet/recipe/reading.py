@@ -62,10 +62,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _split_path(parts: list[str]) -> list[str]:
-    for name in ("sites", "projections"):
-        if name in parts and len(parts) - parts.index(name) > 3:
-            i = parts.index(name) + 1
-            return [*parts[:i], ".".join(parts[i:-1]), parts[-1]]
+    """Names of sites and roles hold dots: one key each, before the fields of theirs that follow."""
+    for section, config in (("sites", SiteConfig), ("projections", ProjectionConfig)):
+        if section not in parts[:-1]:
+            continue
+        start = parts.index(section) + 1
+        fields = [i for i in range(start + 1, len(parts)) if parts[i] in config.model_fields]
+        end = fields[0] if fields else len(parts) if section == "projections" else len(parts) - 1
+        return [*parts[:start], ".".join(parts[start:end]), *parts[end:]]
     return parts
 
 
@@ -83,6 +87,8 @@ def _explain(error: ValidationError) -> str:
         )
     if place == "version":
         return f"version {first['input']!r}: this qdeltanet reads recipe version {VERSION}"
+    if first["type"] == "model_type":
+        return f"{place}: {first['input']!r} is a value, and keys belong there: {', '.join(_keys_at(first['loc']))}"
     return f"{place}: {first['msg']} (got {first['input']!r})"
 
 

@@ -35,6 +35,8 @@ from .sections import (
     Strict,
 )
 
+LAYERS = 1000  # more than any model has
+
 
 class Recipe(Strict):
     """A whole recipe. `layers` maps a layer index or a glob over indices to overrides."""
@@ -65,9 +67,23 @@ class Recipe(Strict):
         return self
 
     @property
+    def schemes(self) -> list[LayerScheme]:
+        """Every scheme that a layer may have: without overrides, and with those that meet at some index."""
+        indices: dict[tuple[str, ...], int] = {}
+        for index in range(LAYERS):
+            indices.setdefault(tuple(key for key in self.layers if fnmatchcase(str(index), key)), index)
+        return [self.layer(index) for index in indices.values()]
+
+    @property
     def is_float(self) -> bool:
-        """Whether nothing of the rule is quantized."""
-        return self.layer(0).rule is None and not self.projections
+        """Whether nothing is quantized, in any layer."""
+        return all(one.rule is None and not one.projections for one in self.schemes)
+
+    @property
+    def codes_by_data(self) -> bool:
+        """Whether any projection's weights are coded for the calibration data."""
+        sections = (self.projections, *(o.projections for o in self.layers.values()))
+        return any(c is not None and c.method == "gptq" for section in sections for c in section.values())
 
     @property
     def fingerprint(self) -> str:
@@ -152,7 +168,8 @@ def _scheme(values: Mapping[str, Any]) -> SiteScheme:
         return None if value in (None, "float") else IntFormat.parse(value)
 
     source: ScaleSource = values.get("scale", "calibrated")
-    return SiteScheme(parse("format"), source, Granularity(values.get("granularity", "per_head")), parse("carry"))
+    kept = Granularity(values.get("granularity", "per_head"))
+    return SiteScheme(parse("format"), source, kept, parse("carry"), parse("feedback"))
 
 
 def _projection_schemes(projections: Mapping[str, ProjectionConfig | None]) -> dict[str, ProjectionScheme]:

@@ -6,11 +6,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..core import ROTATIONS, Granularity, IntFormat, ProjectionScheme, SiteScheme, unknown
+from ..core import ROTATIONS, Granularity, IntFormat, ProjectionScheme, QDeltaNetError, SiteScheme, unknown
 from ..inverse import METHODS, Plan, plan
 
 VERSION = 1
-ROLES = ("proj.qkv", "proj.z", "proj.out", "proj.a", "proj.b", "conv")
+ROLES = (
+    "proj.qkv",
+    "proj.z",
+    "proj.out",
+    "proj.a",
+    "proj.b",
+    "conv",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.o",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+)
 Source = Literal["calibrated", "dynamic", "bound"]
 Kept = Literal["per_tensor", "per_head", "per_token", "per_channel", "finest"]
 OPTIONS = (
@@ -52,10 +66,10 @@ Rotations = Annotated[tuple[str, ...], AfterValidator(_check_rotations)]
 
 
 class ObserverConfig(Strict):
-    """Which observer proposes static ranges: the maximum, a percentile of |x| over everything that one scale covers, or
-    the range of least mean square error in the site's format."""
+    """Which observer proposes static ranges: the maximum, a percentile of |x| over all that one scale covers, the range
+    of least mean square error in the site's format, or that of least Kullback-Leibler divergence."""
 
-    kind: Literal["minmax", "percentile", "mse"] = "minmax"
+    kind: Literal["minmax", "percentile", "mse", "kl"] = "minmax"
     percentile: float = Field(default=99.99, gt=0, le=100)
 
 
@@ -66,9 +80,10 @@ class SiteConfig(Strict):
     scale: Source | None = None
     granularity: Kept | None = None
     carry: str | None = None
+    feedback: str | None = None
     observer: ObserverConfig | None = None
 
-    _formats = field_validator("format", "carry")(_check_format)
+    _formats = field_validator("format", "carry", "feedback")(_check_format)
 
 
 class InverseConfig(Strict):
@@ -108,18 +123,30 @@ class InverseConfig(Strict):
 
 
 class ProjectionConfig(Strict):
-    """INT weights per output channel and integer activations."""
+    """Integer weights with a scale per output channel, or per `group` input channels of each; activations in integers
+    too, or in float."""
 
     weight: str = "int8"
     activation: str = "int8"
     scale: Literal["dynamic", "calibrated"] = "dynamic"
+    group: int | None = Field(default=None, ge=1)
+    method: Literal["rtn", "mse", "gptq"] = "rtn"
 
     _formats = field_validator("weight", "activation")(_check_format)
 
+    @model_validator(mode="after")
+    def _fits(self) -> ProjectionConfig:
+        if self.weight == "float":
+            raise QDeltaNetError("a projection whose weight is float is not quantized: write null in its place")
+        if self.activation == "float" and self.scale == "calibrated":
+            raise QDeltaNetError("activation: float has no scale to calibrate; leave scale out")
+        return self
+
     def scheme(self) -> ProjectionScheme:
         kept = Granularity.PER_TOKEN if self.scale == "dynamic" else Granularity.PER_TENSOR
+        fmt = None if self.activation == "float" else IntFormat.parse(self.activation)
         return ProjectionScheme(
-            IntFormat.parse(self.weight), SiteScheme(IntFormat.parse(self.activation), self.scale, kept)
+            IntFormat.parse(self.weight), SiteScheme(fmt, self.scale, kept), self.group, self.method
         )
 
 

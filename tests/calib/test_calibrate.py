@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
-from qdeltanet.calib import calibrate, load_samples
+from qdeltanet.calib import calibrate
 from qdeltanet.calib.data import Samples
 from qdeltanet.checkpoint import load_calibration
 from qdeltanet.core import NonFiniteError, QDeltaNetError
 from qdeltanet.delta_rule import SITES
-from qdeltanet.eval.embedded import DATASETS, model_path
-from qdeltanet.models import delta_net_layers, load_tokenizer
+from qdeltanet.models import delta_net_layers
 from qdeltanet.recipe import load_recipe
+from qdeltanet.workflow import is_complete, run_calibration
 
 
 def samples(n: int = 6, length: int = 100) -> Samples:
@@ -87,6 +87,25 @@ def test_nan_names_layer_and_site(random_model):
     assert all(layer.observe is None for layer in delta_net_layers(model).values())
 
 
+def test_nan_in_a_static_projection_of_the_last_layer_is_named(random_model):
+    """Nothing of the rule comes after it."""
+    model = random_model()
+    model.model.layers[3].mlp.up_proj.weight.data.fill_(float("inf"))
+    static = "projections={mlp.*: {weight: int8, activation: int8, scale: calibrated}}"
+    with pytest.raises(NonFiniteError, match=r"layer 3, site mlp\.down_proj: NaN or Inf"):
+        calibrate(model, load_recipe("int8", [static]), samples())
+
+
+def test_a_model_that_another_recipe_has_quantized_is_refused(random_model):
+    model = random_model()
+    calibration = calibrate(model, load_recipe("int8"), samples())
+    calibration.apply(model)
+    other = calibrate(random_model(), load_recipe("int16"), samples())
+    for work in (lambda: calibrate(model, load_recipe("int16"), samples()), lambda: other.apply(model)):
+        with pytest.raises(QDeltaNetError, match="quantized already, and its layer 0 is not recipe int16's"):
+            work()
+
+
 def test_another_model_is_refused(random_model, tmp_path):
     calibration = calibrate(random_model(), load_recipe("int8"), samples(), model_name="one")
     other = random_model()
@@ -126,62 +145,24 @@ def test_output_is_not_overwritten_unless_asked(random_model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cal"]
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(model_path("tiny-hybrid"))
-
-
-def test_packing_without_padding(tokenizer, tmp_path):
-    file = tmp_path / "data.jsonl"
-    lines = ["a" * 25, "bb", "cccc", "d" * 7]
-    file.write_text("".join(json.dumps({"n": 1, "text": t}) + "\n" for t in lines))
-    data = load_samples(str(file), tokenizer, 10, 10)
-    eos = tokenizer.eos_token_id
-    rows = data.tokens.tolist()
-    assert rows[0] == rows[1] == [ord("a")] * 10  # a long document alone
-    assert rows[2] == [ord("b")] * 2 + [eos] + [ord("c")] * 4 + [eos] + [ord("d")] * 2  # short ones joined
-    assert len(rows) == 3
-
-
-@pytest.mark.parametrize("suffix", ["txt", "parquet", "jsonl"])
-def test_local_formats(tokenizer, tmp_path, suffix):
-    from datasets import Dataset
-
-    file = tmp_path / f"data.{suffix}"
-    if suffix == "txt":
-        file.write_text("hello world\n" * 20)
-    elif suffix == "parquet":
-        Dataset.from_dict({"content": ["hello world"] * 20}).to_parquet(str(file))
-    else:
-        file.write_text('{"content": "hello world"}\n' * 20)
-    assert load_samples(str(file), tokenizer, 4, 16).tokens.shape == (4, 16)
-
-
-def test_same_data_same_digest(tokenizer):
-    a, b = (load_samples(str(DATASETS["bytes"]), tokenizer, 4, 128) for _ in range(2))
-    assert a.digest == b.digest
-    assert a.digest != load_samples(str(DATASETS["bytes"]), tokenizer, 5, 128).digest
-
-
-def test_bad_data(tokenizer, tmp_path):
-    cases: list[tuple[str, str, str]] = [
-        ("none.jsonl", "", "no such file"),
-        ("empty.jsonl", "", "is empty"),
-        ("blank.jsonl", '{"text": ""}\n', "holds no text"),
-        ("numbers.jsonl", '{"n": 1}\n', "no text column; columns are n"),
-        ("short.jsonl", '{"text": "ab"}\n', "too short for one sequence of 16"),
-        ("bad.jsonl", "{", "dataset"),
-    ]
-    for name, content, says in cases:
-        file = Path(tmp_path / name)
-        if name != "none.jsonl":
-            file.write_text(content)
-        with pytest.raises(QDeltaNetError, match=says):
-            load_samples(str(file), tokenizer, 4, 16)
-    with pytest.raises(QDeltaNetError, match="no column 'body'; columns are text"):
-        load_samples(str(DATASETS["bytes"]), tokenizer, 4, 16, text_column="body")
-    with pytest.raises(QDeltaNetError, match="must be at least 1"):
-        load_samples(str(DATASETS["bytes"]), tokenizer, 0, 16)
+def test_what_is_complete(tmp_path):
+    """The same request, model and data; else what differs."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "' + "k1 v2 k3 " * 60 + '"}\n')
+    options = {"model": "tiny-recall", "dataset": str(data), "samples": 2, "seq_len": 64, "text_column": None}
+    options |= {"seed": None, "batch_size": 8, "dtype": "float32", "threads": None, "backend": None}
+    recipe = load_recipe("int8")
+    given = {k: v for k, v in options.items() if k != "model"}
+    made = run_calibration("tiny-recall", recipe, **given)
+    path = tmp_path / "cal"
+    assert not is_complete(path, recipe, options)
+    replace(made, report={**made.report, "request": options}).save(path)
+    assert is_complete(path, recipe, options)
+    for changed, says in (({"samples": 3}, "samples was 2, is 3"), ({"seed": 1}, "seed was None, is 1")):
+        with pytest.raises(QDeltaNetError, match=rf"another calibration \({says}\): pass --overwrite"):
+            is_complete(path, recipe, {**options, **changed})
+    with pytest.raises(QDeltaNetError, match="recipe differs"):
+        is_complete(path, load_recipe("int16"), options)
+    data.write_text('{"text": "' + "k1 v2 k4 " * 60 + '"}\n')
+    with pytest.raises(QDeltaNetError, match=r"\(dataset differs\)"):
+        is_complete(path, recipe, options)

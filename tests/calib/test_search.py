@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import child, ended, limited, said_by_child
 
+from qdeltanet._threads import threads
 from qdeltanet.calib import load_samples
 from qdeltanet.calib.data import Samples
 from qdeltanet.calib.search import Harness, Journal, Loss, Settings, adapt_neumann, search, search_to
@@ -291,10 +295,9 @@ def run_to(output: Path, samples: Samples, stop: int | None = None, budget: floa
         if done == stop:
             raise Cut
 
-    settings = more.pop("settings", QUICK)
-    base = load_recipe("int8")
-    model = more.pop("model", None) or tiny()
-    return search_to(output, model, base, samples, PROFILE, budget, settings, progress=progress, **more)
+    settings, profile = more.pop("settings", QUICK), more.pop("profile", PROFILE)
+    base, model = more.pop("base", None) or load_recipe("int8"), more.pop("model", None) or tiny()
+    return search_to(output, model, base, samples, profile, budget, settings, progress=progress, **more)
 
 
 def test_resumed_and_refused(samples, tmp_path):
@@ -325,6 +328,104 @@ def test_resumed_and_refused(samples, tmp_path):
         run_to(cut, samples, budget=1.0)
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_killed_at_random_moments(samples, tmp_path):
+    """kill -9, every second time while the journal is being written; then as one that was left alone, byte for byte."""
+    whole, cut = tmp_path / "a" / "found.yaml", tmp_path / "b" / "found.yaml"
+    assert ended(child(lambda: run_to(whole, samples)))
+    when, cut_short = random.Random(0), 0
+    for turn in range(6):
+        pid = child(lambda: run_to(cut, samples))
+        until = time.monotonic() + when.uniform(0.3, 2.0)
+        while time.monotonic() < until or turn % 2:
+            if turn % 2 and any(cut.parent.glob(".found.search.json.partial-*")):
+                break
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+        cut_short += not ended(pid, kill=True)
+    assert cut_short >= 3
+    assert ended(child(lambda: run_to(cut, samples)))
+    assert files(cut.parent) == files(whole.parent)
+
+
+def test_cut_off_between_the_files_at_the_end(samples, tmp_path):
+    """Picture, figures, recipe are written in this order: whichever are there, the same command goes on."""
+    output = tmp_path / "found.yaml"
+    run_to(output, samples)
+    loose = files(tmp_path)
+    run_to(output, samples, budget=0.05, overwrite=True)
+    tight = files(tmp_path)
+
+    def left(before: dict[str, bytes], after: dict[str, bytes], written: int) -> None:
+        new = ["found.search.json", "found.pareto.png", "found.pareto.json"][: 1 + written]
+        for path in tmp_path.iterdir():
+            path.unlink()
+        for name, found in {**before, **{n: after[n] for n in new}}.items():
+            output.with_name(name).write_bytes(found)
+
+    for written in (0, 2):
+        left({}, loose, written)
+        assert run_to(output, samples) is not None
+        assert files(tmp_path) == loose
+    for written in (1, 2):
+        left(loose, tight, written)
+        with pytest.raises(QDeltaNetError, match="is there already, for another budget or not of a search"):
+            run_to(output, samples, budget=0.05)
+        assert run_to(output, samples, budget=0.05, overwrite=True) is not None
+        assert files(tmp_path) == tight
+    assert run_to(output, samples, budget=0.05) is None
+
+
+def test_a_full_disk_keeps_what_was_measured(tmp_path):
+    journal = Journal(tmp_path / "found.search.json", {"model": "x"})
+    journal.measure("a", lambda: [1.0])
+    before = files(tmp_path)
+    said = said_by_child(limited(lambda: journal.measure("b", lambda: [2.0] * 100), size=200))
+    assert said == f"cannot write {journal.path}: File too large"
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"1.5", b"1.6"), (b'"a"', b'"b"'), (b"{", b""), (b"x", b"y"), (None, b""), (None, b"[1]")]
+)
+def test_a_damaged_journal_is_one_line(tmp_path, old, new):
+    path = tmp_path / "found.search.json"
+    journal = Journal(path, {"model": "x"})
+    journal.measure("a", lambda: [1.5])
+    path.write_bytes(new if old is None else path.read_bytes().replace(old, new, 1))
+    with pytest.raises(
+        QDeltaNetError, match=r"found\.search\.json: no record of a search \([^\n]*\); pass --overwrite"
+    ):
+        Journal(path, {"model": "x"})
+    assert Journal(path, {"model": "x"}, overwrite=True).measured == {}
+
+
+def test_what_a_search_depends_on_is_noticed(samples, tmp_path):
+    output = tmp_path / "found.yaml"
+    with pytest.raises(Cut):
+        run_to(output, samples, 1)
+    trained = tiny()
+    with torch.no_grad():
+        trained.model.norm.weight[0] += 1
+    other = Samples(samples.name, samples.tokens.flip(0), "other")
+    changed = {
+        r"\(model\.fingerprint differs\)": {"model": trained},
+        r"\(dataset\.sha256 differs\)": {"samples": other},
+        r"\(recipe differs\)": {"base": load_recipe("int8", ["inverse.radices=[4,4,4]"])},
+        r"\(profile\.name was ascend-910b, is hexagon; profile\.sha256 differs\)": {"profile": load_profile("hexagon")},
+        r"\(settings\.seed was 0, is 1\)": {"settings": Settings(**{**vars(QUICK), "seed": 1})},
+        r"\(batch_size was 16, is 2\)": {"batch_size": 2},
+    }
+    for differs, asked in changed.items():
+        with pytest.raises(QDeltaNetError, match=f"of another search {differs}: pass --overwrite"):
+            run_to(output, **{"samples": samples, **asked})
+    with threads(3), pytest.raises(QDeltaNetError, match=r"threads was \d, is 3"):
+        run_to(output, samples)
+
+
 def test_a_refusal_leaves_nothing(samples, tmp_path):
     output = tmp_path / "found.yaml"
     with pytest.raises(QDeltaNetError, match="must be a positive number"):
@@ -341,13 +442,13 @@ def test_measurements_of_another_machine_are_not_taken(samples, tmp_path, monkey
     with pytest.raises(Cut):
         run_to(output, samples, 1)
     request = json.loads((tmp_path / "found.search.json").read_text())["request"]
-    assert (request["dtype"], request["device"]) == ("float32", "cpu")
+    assert (request["dtype"], request["device"]) == ("float32", f"cpu {torch.backends.cpu.get_cpu_capability()}")
     assert request["versions"]["torch"] == torch.__version__
     half = load_model(model_path("tiny-recall"), "bfloat16")
     with pytest.raises(QDeltaNetError, match=r"of another search \(.*dtype was float32, is bfloat16"):
         run_to(output, samples, model=half)
     monkeypatch.setattr("qdeltanet.calib.search.session.VERSION", 0)
-    with pytest.raises(QDeltaNetError, match=r"of another search \(versions\.journal was 2, is 0\)"):
+    with pytest.raises(QDeltaNetError, match=r"of another search \(versions\.journal was 3, is 0\)"):
         run_to(output, samples)
 
 

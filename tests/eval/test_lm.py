@@ -46,6 +46,39 @@ def test_scores_equal_lm_evals_own():
         assert greedy_a == greedy_b
 
 
+def test_windows_cuts_and_generation_equal_lm_evals_own():
+    """Texts longer than the model, contexts that have to be cut, greedy generation, a batch size that is found."""
+    model, tokenizer = load_model(MODELS["tiny-hybrid"]), load_tokenizer(MODELS["tiny-hybrid"])
+    shared = {"tokenizer": tokenizer, "max_length": 16}
+    ours, auto = (QDeltaNetLM(model, batch_size=size, max_batch_size=4, **shared) for size in (2, "auto"))
+    stock = HFLM(model, batch_size=2, device="cpu", logits_cache=False, **shared)
+    texts = ["def f(x): return x + 1", "import", "", "for i in range(10):\n    print(i)"]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(stock.loglikelihood_rolling(rolling), abs=1e-4)
+    cut = [Instance("loglikelihood", {}, ("x = 1; " * 4, text[:10] or " "), i) for i, text in enumerate(texts)]
+    theirs = stock.loglikelihood(cut)
+    for lm in (ours, auto):
+        found = lm.loglikelihood(cut)
+        assert [score for score, _ in found] == pytest.approx([score for score, _ in theirs], abs=1e-4)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in theirs]
+    until = {"until": ["\n\n\n"], "max_gen_toks": 6}
+    generated = [Instance("generate_until", {}, (text, until), i) for i, text in enumerate(texts) if text]
+    expected = stock.generate_until(generated)
+    assert ours.generate_until(generated) == auto.generate_until(generated) == expected
+    assert len(set(expected)) > 1
+
+
+def test_padding_behind_a_text_is_not_seen():
+    """Dynamic scales at 4 bits see everything in a chunk: a text scores beside a longer one as alone."""
+    model = prepare_model("tiny-hybrid", load_recipe("int4"))
+    lm = QDeltaNetLM(model, tokenizer=load_tokenizer(MODELS["tiny-hybrid"]), batch_size=4)
+    texts = ["The module", "Return the number of items of a list.", "class C:\n    def f(self):\n        ", "x" * 100]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    together = lm.loglikelihood_rolling(asked)
+    alone = [lm.loglikelihood_rolling([one])[0] for one in asked]
+    assert together == pytest.approx(alone, abs=0.02)  # float sums over other batch shapes may turn a code
+
+
 def test_rows_are_paired_with_float():
     rows = [
         Row("float", execution="float"),

@@ -26,6 +26,8 @@ ALLOWED["backends"] = {"core", "inverse"}
 ALLOWED["delta_rule"] = {"core", "inverse"}
 ALLOWED["_yaml"] = {"core"}
 ALLOWED["_version"] = set()
+ALLOWED["_threads"] = set()
+ALLOWED["_processes"] = {"core"}
 ALLOWED["_pictures"] = set()
 ALLOWED["recipe"] = {"_yaml", "core", "inverse", "delta_rule", "recipes"}
 ALLOWED["profile"] = {"_yaml", "core", "inverse", "recipes"}
@@ -33,14 +35,27 @@ ALLOWED["conformance"] = {"core", "inverse", "delta_rule"}
 ALLOWED["nn"] = ALLOWED["recipe"] | {"recipe", "backends"}
 ALLOWED["models"] = ALLOWED["nn"] | {"nn"}
 ALLOWED["checkpoint"] = ALLOWED["models"] | {"models"}
-ALLOWED["calib"] = ALLOWED["checkpoint"] | {"checkpoint", "profile", "_version", "_pictures"}
+ALLOWED["calib"] = ALLOWED["checkpoint"] | {
+    "checkpoint",
+    "profile",
+    "_version",
+    "_pictures",
+    "_threads",
+    "_processes",
+}
 ALLOWED["eval"] = ALLOWED["calib"] | {"conformance"}
 TOP = {
     "",
     "cli",
     "_cli_hardware",
+    "_cli_bench_calibrate",
     "_cli_lab",
     "_cli_bench_lab",
+    "_cli_bench_decode",
+    "_cli_bench_drift",
+    "_cli_bench_layerwise",
+    "_cli_calibrate",
+    "_cli_evaluate",
     "_cli_search",
     "_console",
     "workflow",
@@ -57,7 +72,20 @@ ONLY_IN = {
     "accelerate": {"models", "eval"},
     "triton": {"backends"},
     "torch_npu": {"backends"},
-    "typer": {"cli", "_cli_hardware", "_cli_lab", "_cli_bench_lab", "_cli_search", "_console"},
+    "typer": {
+        "cli",
+        "_cli_hardware",
+        "_cli_bench_calibrate",
+        "_cli_lab",
+        "_cli_bench_lab",
+        "_cli_bench_decode",
+        "_cli_bench_drift",
+        "_cli_bench_layerwise",
+        "_cli_calibrate",
+        "_cli_evaluate",
+        "_cli_search",
+        "_console",
+    },
 }
 TORCH_ONLY = ("core", "inverse", "delta_rule")
 
