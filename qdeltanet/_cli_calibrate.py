@@ -35,6 +35,9 @@ def calibrate_command(
         str | None, typer.Option(help="Then execute the first batch on this backend and report it, e.g. auto.")
     ] = None,
     device: Device = "cpu",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: accelerate spreads the weights over devices, memory and disk.")
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="CPU threads of each process, on which float sums depend (default: all cores)."),
@@ -75,7 +78,8 @@ def calibrate_command(
             "text_column": text_column, "seed": seed, "dtype": dtype, "threads": threads,
             "backend": None if backend is None else get_backend(backend, device).name,
         }  # fmt: skip
-        done = _calibrated(output, chosen, options, processes, device, save_every, layerwise, overwrite, quiet)
+        run = {"device": device, "device_map": device_map, "layerwise": layerwise}
+        done = _calibrated(output, chosen, options, processes, run, save_every, overwrite, quiet)
         if done is not None and processes.first:
             _print(done, output, json_file)
 
@@ -85,13 +89,12 @@ def _calibrated(
     recipe: Recipe,
     options: dict[str, Any],
     processes: Processes,
-    device: str,
+    run: dict[str, Any],
     save_every: float,
-    layerwise: bool,
     overwrite: bool,
     quiet: bool,
 ) -> Calibration | None:
-    """What was written; None where the output was complete before."""
+    """What was written; None where the output was complete before. run: options that change no bit."""
     from ._threads import usable_cores
     from .calib.session import Resume
     from .core.files import check_output
@@ -111,8 +114,7 @@ def _calibrated(
     threads = options["threads"] or processes.agree(usable_cores())
     with bar(f"calibrating {options['model']}", quiet) as progress:
         calibration = run_calibration(
-            options["model"], recipe, **arguments, device=device, threads=threads, resume=resume, layerwise=layerwise,
-            progress=progress,
+            options["model"], recipe, **arguments, **run, threads=threads, resume=resume, progress=progress
         )  # fmt: skip
     calibration = replace(calibration, report={**calibration.report, "request": options})
     if processes.first:

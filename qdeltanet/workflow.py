@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +76,7 @@ def run_calibration(
     seed: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    device_map: str | None = None,
     backend: str | None = None,
     threads: int | None = None,
     resume: Resume | None = None,
@@ -83,31 +85,36 @@ def run_calibration(
 ) -> Calibration:
     """Load, calibrate, return. dataset and seq_len default to those of an embedded model.
 
-    samples: None takes 128, or what there is. seed: shuffles the dataset.
+    samples: None takes 128, or what there is. seed: shuffles the dataset. device_map: accelerate places the weights on
+    all devices there are (`auto`), and what does not fit on the disk; device is not used then.
     backend: execute the first batch there afterwards; the report then says how far its logits are from float.
     threads, resume: as `calibrate`. Of several processes the first one reads the dataset. layerwise: never more than
-    one decoder layer in memory; needs `resume`, and excludes `backend`.
+    one decoder layer in memory; needs `resume`, and excludes `backend` and `device_map`.
     """
     if batch_size < 1:
         raise QDeltaNetError(f"batch size {batch_size}: must be at least 1")
     if layerwise and backend is not None:
         raise QDeltaNetError("backend executes the whole model, layerwise never loads it: leave one of them out")
+    if layerwise and device_map is not None:
+        raise QDeltaNetError("device_map places a whole model, layerwise never loads it: leave one of them out")
     data = _first(lambda: samples_for(model_name, dataset, samples, seq_len, text_column, seed))
     if layerwise:
         return calibrate_layerwise(
             model_path(model_name), recipe, data, resume=resume or Resume(), model_name=model_name,
             batch_size=batch_size, dtype=dtype, device=device, threads=threads, progress=progress,
         )  # fmt: skip
-    model = load_model(model_path(model_name), dtype, device)
-    done = calibrate(
-        model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress, threads=threads,
-        resume=resume,
-    )  # fmt: skip
-    if backend is None or recipe.is_float:
-        return done
-    with pinned_threads(threads or torch.get_num_threads()):
-        first_batch = data.tokens[:batch_size].to(execution_device(model))
-        execution = _first(lambda: _executed(model, first_batch, backend))
+    with TemporaryDirectory(prefix="qdeltanet-offloaded-") as folder:
+        placed = {} if device_map is None else {"device_map": device_map, "offload_folder": folder}
+        model = load_model(model_path(model_name), dtype, device, **placed)
+        done = calibrate(
+            model, recipe, data, model_name=model_name, batch_size=batch_size, progress=progress, threads=threads,
+            resume=resume,
+        )  # fmt: skip
+        if backend is None or recipe.is_float:
+            return done
+        with pinned_threads(threads or torch.get_num_threads()):
+            first_batch = data.tokens[:batch_size].to(execution_device(model))
+            execution = _first(lambda: _executed(model, first_batch, backend))
     return replace(done, report={**done.report, "execution": execution})
 
 

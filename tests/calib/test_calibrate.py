@@ -166,3 +166,13 @@ def test_what_is_complete(tmp_path):
     data.write_text('{"text": "' + "k1 v2 k4 " * 60 + '"}\n')
     with pytest.raises(QDeltaNetError, match=r"\(dataset differs\)"):
         is_complete(path, recipe, options)
+
+
+def test_a_device_map_changes_no_bit():
+    whole, mapped = (
+        run_calibration("tiny-recall", load_recipe("int8"), samples=4, device_map=m).scales for m in (None, "auto")
+    )
+    assert whole.keys() == mapped.keys()
+    assert all(torch.equal(whole[key], mapped[key]) for key in whole)
+    with pytest.raises(QDeltaNetError, match="leave one of them out"):
+        run_calibration("tiny-recall", load_recipe("int8"), device_map="auto", layerwise=True)

@@ -162,3 +162,10 @@ def test_what_does_not_fit_is_named(random_model):
 def test_recipes_that_are_wrong(projections, says):
     with pytest.raises(QDeltaNetError, match=says):
         recipe(projections)
+
+
+def test_roles_that_a_family_lacks_are_named():
+    with pytest.warns(
+        UserWarning, match=r"the recipe's attn\.k, attn\.o, attn\.q, attn\.v, mlp\.down: this family has no"
+    ):
+        quantize_model(tiny_families.tiny("delta_net"), recipe(dict.fromkeys(EVERYWHERE, W4A8)))
