@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .errors import QDeltaNetError
 
@@ -24,6 +25,9 @@ def hadamard(x: Tensor) -> Tensor:
 
     Raises QDeltaNetError if d is no power of two.
     """
+    if has_torch_function_unary(x):  # a stand-in that writes a graph has its own form of this
+        rotated: Tensor = handle_torch_function(hadamard, (x,), x)
+        return rotated
     width = x.shape[-1]
     if not is_rotatable(width):
         raise QDeltaNetError(f"a Hadamard rotation needs a power of two, not {width}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 Region = tuple[slice, slice]
 
@@ -61,6 +62,9 @@ class Term:
 
 def per_head(operation: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
     """operation(x, y) where y may have a multiple of x's heads: consecutive heads of y share one of x."""
+    if has_torch_function((x, y)):  # as in `hadamard`
+        result: Tensor = handle_torch_function(per_head, (x, y), operation, x, y)
+        return result
     if x.dim() < 3 or y.dim() < 3 or x.shape[-3] in (1, y.shape[-3]) or y.shape[-3] == 1:
         return operation(x, y)
     grouped = y.unflatten(-3, (x.shape[-3], -1))

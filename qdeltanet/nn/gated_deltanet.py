@@ -30,6 +30,8 @@ from .state import pack_state, unpack_state
 from .wiring import Memory, Wiring, module_schemes
 
 Observe = Callable[[str, Tensor, bool], None]
+# q, k, v, g, beta and the state -> output and state, as `run_rule`
+ForeignRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Operand | None], tuple[Tensor, Operand]]
 PACKED = ("cu_seq_lens_q", "cu_seqlens")
 
 
@@ -66,6 +68,7 @@ class GatedDeltaNet(nn.Module):
         self.execution: Execution = "float"
         self.backend_name = AUTO
         self.observe: Observe | None = None
+        self.foreign: ForeignRule | None = None  # runs the rule elsewhere, from an exported file
         self._arithmetic: Arithmetic | None = None
         self._arithmetic_device: torch.device | None = None
 
@@ -73,7 +76,7 @@ class GatedDeltaNet(nn.Module):
 
     def set_execution(self, execution: Execution, backend: str = AUTO) -> None:
         """Choose how the layer and its quantized projections execute; what the scheme leaves in float stays there."""
-        self.execution, self.backend_name, self._arithmetic = execution, backend, None
+        self.execution, self.backend_name, self._arithmetic, self.foreign = execution, backend, None, None
         for projection in self.projections():
             projection.set_execution(execution, backend)
 
@@ -122,10 +125,13 @@ class GatedDeltaNet(nn.Module):
         q, k, v, g, beta, gate = inputs if mask is None else inputs.without_padding(mask)
         decode = hidden_states.shape[1] == 1 and state is not None
         plan = self.decode_plan if decode else self.scheme.plan
-        output, state = run_rule(
-            q, k, v, g, beta, state,
-            arithmetic=self._arithmetic_on(q.device), plan=plan, normalise=True, chunk_size=plan.chunk_size,
-        )  # fmt: skip
+        if self.foreign is not None:
+            output, state = self.foreign(q, k, v, g, beta, state)
+        else:
+            output, state = run_rule(
+                q, k, v, g, beta, state,
+                arithmetic=self._arithmetic_on(q.device), plan=plan, normalise=True, chunk_size=plan.chunk_size,
+            )  # fmt: skip
         if memory is not None:
             memory.store(pack_state(state))
         return self.wiring.output(self, output.to(hidden_states.dtype), gate)

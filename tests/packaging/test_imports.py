@@ -34,7 +34,7 @@ ALLOWED["profile"] = {"_yaml", "core", "inverse", "recipes"}
 ALLOWED["conformance"] = {"core", "inverse", "delta_rule"}
 ALLOWED["nn"] = ALLOWED["recipe"] | {"recipe", "backends"}
 ALLOWED["models"] = ALLOWED["nn"] | {"nn"}
-ALLOWED["checkpoint"] = ALLOWED["models"] | {"models"}
+ALLOWED["checkpoint"] = ALLOWED["models"] | {"models", "_version"}
 ALLOWED["calib"] = ALLOWED["checkpoint"] | {
     "checkpoint",
     "profile",
@@ -53,9 +53,11 @@ TOP = {
     "_cli_bench_lab",
     "_cli_bench_decode",
     "_cli_bench_drift",
+    "_cli_bench_formats",
     "_cli_bench_layerwise",
     "_cli_calibrate",
     "_cli_evaluate",
+    "_cli_export",
     "_cli_search",
     "_console",
     "workflow",
@@ -72,6 +74,8 @@ ONLY_IN = {
     "accelerate": {"models", "eval"},
     "triton": {"backends"},
     "torch_npu": {"backends"},
+    "onnx": {"checkpoint"},
+    "onnxruntime": {"checkpoint"},
     "typer": {
         "cli",
         "_cli_hardware",
@@ -80,9 +84,11 @@ ONLY_IN = {
         "_cli_bench_lab",
         "_cli_bench_decode",
         "_cli_bench_drift",
+        "_cli_bench_formats",
         "_cli_bench_layerwise",
         "_cli_calibrate",
         "_cli_evaluate",
+        "_cli_export",
         "_cli_search",
         "_console",
     },
@@ -204,7 +210,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "datasets", "brevitas", "lm_eval", "accelerate", "triton"}
+HEAVY = {"transformers", "datasets", "brevitas", "lm_eval", "accelerate", "triton", "onnx", "onnxruntime"}
 
 
 @pytest.mark.parametrize(
