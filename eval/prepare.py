@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import AUTO
-from ..checkpoint import Calibration, calibrate_weights, load_calibration, needs_calibration
+from ..checkpoint import (
+    Calibration,
+    calibrate_weights,
+    is_foreign,
+    load_calibration,
+    load_foreign,
+    needs_calibration,
+)
 from ..core import QDeltaNetError
 from ..delta_rule import make_scales
 from ..models import QuantizedLayer, delta_net_layers, load_model, quantize_model, quantized_layers, set_execution
@@ -28,10 +35,12 @@ def prepare_model(
 ) -> Any:
     """Load a model (embedded name, directory or hub id), quantize it and choose its execution.
 
-    An exported checkpoint brings its own recipe and scales. recipe None leaves a float model as transformers made it.
+    An exported checkpoint brings its own recipe and scales, in whichever format. recipe None leaves a float model as
+    transformers made it.
     Raises QDeltaNetError if the recipe needs a calibration that is not given, or the calibration is of another recipe.
     """
-    model = load_model(model_path(name), dtype=dtype, device=device)
+    path = Path(model_path(name))
+    model = load_foreign(path).to(device) if is_foreign(path) else load_model(str(path), dtype=dtype, device=device)
     if delta_net_layers(model):
         if recipe is not None:
             raise QDeltaNetError(f"{name} is an exported checkpoint with its own recipe; leave --recipe out")

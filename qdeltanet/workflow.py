@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import os
 import subprocess
@@ -23,7 +24,13 @@ from .calib import Sensitivity, calibrate, calibrate_layerwise, load_samples, se
 from .calib.data import Samples
 from .calib.request import difference
 from .calib.session import Resume
-from .checkpoint import Calibration, export_checkpoint, load_calibration
+from .checkpoint import (
+    Calibration,
+    export_checkpoint,
+    export_compressed_tensors,
+    export_modelslim,
+    load_calibration,
+)
 from .core import QDeltaNetError, sqnr, unknown
 from .core.files import whole_directory
 from .eval.embedded import DATASETS, MODELS, dataset_path, model_path
@@ -259,13 +266,52 @@ def _static(recipe: Recipe) -> bool:
 
 
 def run_export(
-    model_name: str, calibration: Calibration, output: Path, overwrite: bool, dtype: str = "float32"
+    model_name: str,
+    calibration: Calibration,
+    output: Path,
+    overwrite: bool,
+    dtype: str = "float32",
+    fmt: str = "qdeltanet",
+    **options: Any,
 ) -> dict[str, Any]:
-    """Load the float model, apply the calibration, write the checkpoint."""
+    """Load the float model, apply the calibration, write it in one of `export_formats`.
+
+    options: of that format. Raises QDeltaNetError.
+    """
+    exporter = export_formats().get(fmt)
+    if exporter is None:
+        raise unknown("format", fmt, export_formats())
     path = model_path(model_name)
     model = load_model(path, dtype)
     calibration.apply(model)
-    return export_checkpoint(model, calibration.recipe, output, tokenizer=load_tokenizer(path), overwrite=overwrite)
+    return exporter(model, calibration.recipe, output, lambda: load_tokenizer(path), overwrite, options)
+
+
+def export_formats() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What `qdeltanet export` writes, by name. ONNX and AIMET hold the rule's graphs, the others whole models."""
+
+    def whole(export: Callable[..., Any]) -> Callable[..., Any]:
+        def write(model: Any, recipe: Recipe, output: Path, tokenizer: Any, overwrite: bool, options: Any) -> Any:
+            if options:
+                raise QDeltaNetError(f"options {', '.join(options)}: only the formats onnx and aimet take them")
+            return export(model, recipe, output, tokenizer=tokenizer(), overwrite=overwrite)
+
+        return write
+
+    def graphs(name: str) -> Callable[..., Any]:
+        def write(model: Any, recipe: Recipe, output: Path, tokenizer: Any, overwrite: bool, options: Any) -> Any:
+            onnx = importlib.import_module("qdeltanet.checkpoint.onnx")
+            return getattr(onnx, f"export_{name}")(model, recipe, output, overwrite=overwrite, **options)
+
+        return write
+
+    return {
+        "qdeltanet": whole(export_checkpoint),
+        "compressed-tensors": whole(export_compressed_tensors),
+        "modelslim": whole(export_modelslim),
+        "onnx": graphs("onnx"),
+        "aimet": graphs("aimet"),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -19,13 +18,20 @@ from ..core import QDeltaNetError
 from ..core.files import sha256_file
 from ..models import quantize_model, set_execution
 from ..recipe import parse_recipe
-from .export import FORMAT_VERSION, METHOD, exported_tensors
+from .description import check_description
+from .export import FORMAT_VERSION, METHOD
+from .folder import exported_tensors, read_headers
 
-KEYS = {"quant_method", "version", "recipe", "files", "tensors"}
+KEYS = {
+    1: {"quant_method", "version", "recipe", "files", "tensors"},
+    2: {"quant_method", "version", "recipe", "schemes", "files", "tensors"},
+}
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+FLOATS = {d for d in DTYPES.values() if d.is_floating_point}
 
 
 @register_quantization_config(METHOD)
@@ -33,20 +39,24 @@ class QDeltaNetConfig(QuantizationConfigMixin):
     """`quantization_config` of an exported checkpoint: format version, recipe, file digests."""
 
     def __init__(self, **content: Any) -> None:
-        unknown = sorted(set(content) - KEYS)
+        version = content.get("version")
+        if version is not None and not (isinstance(version, int) and version in KEYS):
+            raise QDeltaNetError(
+                f"checkpoint format {version!r}: this qdeltanet reads versions 1 to {FORMAT_VERSION}; export again, or "
+                "install the version that wrote it"
+            )
+        keys = KEYS[version or FORMAT_VERSION]
+        unknown = sorted(set(content) - keys)
         if unknown:
             raise QDeltaNetError(f"quantization_config: unknown keys {', '.join(unknown)}")
-        missing = sorted(KEYS - {"quant_method"} - set(content))
+        missing = sorted(keys - {"quant_method"} - set(content))
         if missing:
             raise QDeltaNetError(f"quantization_config lacks {', '.join(missing)}: export the model again")
-        if content["version"] != FORMAT_VERSION:
-            raise QDeltaNetError(
-                f"checkpoint format {content['version']!r}: this qdeltanet reads version {FORMAT_VERSION}; "
-                "export again, or install the version that wrote it"
-            )
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.version, self.recipe = content["version"], content["recipe"]
+        self.version, self.recipe = version, content["recipe"]
         self.files, self.tensors = content["files"], content["tensors"]
+        if "schemes" in content:
+            self.schemes = content["schemes"]
 
 
 @register_quantizer(METHOD)
@@ -73,6 +83,8 @@ class QDeltaNetQuantizer(HfQuantizer):
         for module in model.modules():
             if hasattr(module, "original"):
                 module.original = None
+        if hasattr(self.config, "schemes"):
+            check_description(self.config.schemes, model, "quantization_config.schemes")
         check_files([Path(f) for f in checkpoint_files or ()], self.config.files, model)
         return model
 
@@ -89,19 +101,11 @@ def check_files(files: Sequence[Path], digests: dict[str, str], model: Any) -> N
     """
     problems = [f"{name} is missing" for name in digests if name not in {f.name for f in files}]
     own_name = _own_names(model)
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a dict)
-                    part, name = opened.get_slice(key), own_name(key)
-                    if name is not None:
-                        found[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
-        except (SafetensorError, OSError) as e:
-            problems.append(f"{file.name} cannot be read ({str(e).splitlines()[0]})")
-            continue
-        if digests.get(file.name) != sha256_file(file):
-            problems.append(f"{file.name} is not the file that was exported (sha256 differs)")
+    headers, unreadable = read_headers(files)
+    found = {name: header for key, header in headers.items() if (name := own_name(key)) is not None}
+    problems += unreadable.values()
+    changed = [f.name for f in files if f.name not in unreadable and digests.get(f.name) != sha256_file(f)]
+    problems += [f"{name} is not the file that was exported (sha256 differs)" for name in changed]
     problems += _mismatches(found, model) if found else []
     if problems:
         raise QDeltaNetError("damaged checkpoint: " + "; ".join(problems) + "; export it again")
@@ -119,7 +123,8 @@ def _own_names(model: Any) -> Callable[[str], str | None]:
     return own_name
 
 
-def _mismatches(found: dict[str, tuple[tuple[int, ...], torch.dtype]], model: Any) -> list[str]:
+def _mismatches(headers: dict[str, tuple[tuple[int, ...], str]], model: Any) -> list[str]:
+    found = {name: (shape, DTYPES.get(dtype, dtype)) for name, (shape, dtype) in headers.items()}
     expected = {k: (tuple(v.shape), v.dtype) for k, v in exported_tensors(model).items()}
     problems = [f"missing tensor {k}" for k in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected tensor {k}" for k in sorted(found.keys() - expected.keys())]
@@ -127,6 +132,6 @@ def _mismatches(found: dict[str, tuple[tuple[int, ...], torch.dtype]], model: An
         (shape, dtype), (own_shape, own_dtype) = expected[key], found[key]
         if shape != own_shape:
             problems.append(f"{key} has shape {list(own_shape)}, expected {list(shape)}")
-        if dtype != own_dtype and not (dtype.is_floating_point and own_dtype.is_floating_point):
+        if dtype != own_dtype and not (dtype.is_floating_point and own_dtype in FLOATS):
             problems.append(f"{key} is {own_dtype}, expected {dtype}")
     return problems

@@ -139,7 +139,7 @@ def test_pickles_are_never_loaded(exported):
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("version", 99, "reads version 1"),
+        ("version", 99, "reads versions 1 to 2"),
         ("scheme", {}, "unknown keys scheme"),
         ("recipe", {"version": 1, "x": 1}, "recipe"),
     ],
