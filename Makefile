@@ -10,9 +10,23 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint clean
+RESULTS := build/results
+ROWS := -r int8 -r int4-inverse -r neumann-int8
+
+.PHONY: demo results test lint clean
 demo: $(READY)
 	$(BIN)/qdeltanet demo --output build/demo --overwrite
+
+# The comparison in full: searches a recipe for each embedded model, then evaluates. Goes on where it was cut off.
+results: $(READY)
+	$(BIN)/qdeltanet search tiny-recall --output $(RESULTS)/searched-recall.yaml
+	$(BIN)/qdeltanet search tiny-hybrid --output $(RESULTS)/searched-hybrid.yaml
+	$(BIN)/qdeltanet evaluate tiny-recall --tasks recall $(ROWS) -r $(RESULTS)/searched-recall.yaml \
+	  --cache $(RESULTS)/cache --json $(RESULTS)/tiny-recall.json --markdown $(RESULTS)/tiny-recall.md \
+	  --csv $(RESULTS)/tiny-recall.csv
+	$(BIN)/qdeltanet evaluate tiny-hybrid --tasks bytes $(ROWS) -r $(RESULTS)/searched-hybrid.yaml \
+	  --cache $(RESULTS)/cache --json $(RESULTS)/tiny-hybrid.json --markdown $(RESULTS)/tiny-hybrid.md \
+	  --csv $(RESULTS)/tiny-hybrid.csv
 
 test: $(READY)
 	$(BIN)/python -m pytest

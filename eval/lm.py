@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +19,11 @@ from .._processes import current
 from ..backends import AUTO
 from ..core import QDeltaNetError
 from .batches import Request, fitted, generation_batches
+from .cache import claim, executed_digest
+from .divergence import Divergence, divergences
 from .embedded import model_path
-from .prefix import Shared, share_prefixes
+from .prefix import Score, Shared, score_of, share_prefixes, shared_logits, span
 from .prepare import prepare_from_args
-
-Score = tuple[float, bool]
 
 
 @register_model("qdeltanet")
@@ -29,7 +31,11 @@ class QDeltaNetLM(HFLM):
     """`--model qdeltanet --model_args pretrained=NAME,recipe=int8,calibration=DIR,qdeltanet_backend=auto`.
 
     pretrained may also be a model object (then with tokenizer=). lm-eval's --use_cache does not know recipes: its keys
-    would serve one recipe's answers to another, so do not use it with this class.
+    would serve one recipe's answers to another, so here a cache belongs to what wrote it first, and others are refused.
+
+    beside: a model whose logits are compared with this one's, batch by batch, so that memory does not depend on the
+    number of documents; `compared` then holds a Divergence for each (task, document) with likelihoods. `work` counts
+    this process's tokens and seconds: `scored` and `scored_seconds` of likelihoods, `generated` and its seconds.
 
     Requests whose inputs are prefixes of one another share a forward pass. That is exact for a causal model; dynamic
     scales look at a whole chunk, so there a query is scored as in the prefill of its sequence.
@@ -46,6 +52,7 @@ class QDeltaNetLM(HFLM):
         calibration: str | None = None,
         execution: str = "integer",
         qdeltanet_backend: str = AUTO,
+        beside: Any = None,
         **kwargs: Any,
     ) -> None:
         self._request = {
@@ -55,6 +62,9 @@ class QDeltaNetLM(HFLM):
             "backend": qdeltanet_backend,
         }
         self._processes = current()
+        self._beside, self._asked = beside, list[Any]()
+        self.compared: dict[Any, Divergence] = {}
+        self.work: Counter[str] = Counter()
         given = isinstance(pretrained, str)
         kwargs["device"] = self._placed = self._place(kwargs.get("device")) if given else str(pretrained.device)
         kwargs.setdefault("max_length", 2048)
@@ -77,20 +87,26 @@ class QDeltaNetLM(HFLM):
         return {"qdeltanet": self._request}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Raises QDeltaNetError for a cache with several processes: theirs would differ, and so would their batches."""
-        if self._processes.world > 1 and cache_hook.dbdict is not None:
-            raise QDeltaNetError("--use_cache: several processes would each have their own; leave it out")
+        """Raises QDeltaNetError for a cache with several processes (theirs would differ, and so would their batches),
+        and for one that holds the answers of other weights, another recipe, calibration or execution."""
+        if cache_hook.dbdict is not None:
+            if self._processes.world > 1:
+                raise QDeltaNetError("--use_cache: several processes would each have their own; leave it out")
+            claim(cache_hook.dbdict, {"request": self._request, "executed": executed_digest(self.model)})
         super().set_cache_hook(cache_hook)
 
     # -- likelihoods ---------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[Score]:
+        self._asked = [(request.task_name, request.doc_id) for request in requests]
         result: list[Score] = super().loglikelihood(requests, disable_tqdm or self._silent)
         return result
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: the sum over windows of at most max_length tokens, all of which are batched together."""
         windows = [self._windows(request.args[0]) for request in requests]
+        pairs = zip(requests, windows, strict=True)
+        self._asked = [(request.task_name, request.doc_id) for request, own in pairs for _ in own]
         scores = iter(self._loglikelihood_tokens([w for own in windows for w in own], disable_tqdm))
         totals = [sum(next(scores)[0] for _ in own) for own in windows]
         for request, total in zip(requests, totals, strict=True):
@@ -111,14 +127,21 @@ class QDeltaNetLM(HFLM):
         batches = [groups[start : start + size] for start in range(0, len(groups), size)]
         with self._bar("loglikelihood", len(requests), disable_tqdm) as bar:
 
-            def score(batch: list[Shared]) -> list[tuple[int, Score]]:
-                found = []
-                for group, logits in zip(batch, self._logits(batch), strict=True):
-                    found += [(i, _score(logits, *fitting[i][1:])) for i in group.members]
+            def score(batch: list[Shared]) -> list[tuple[int, Score, Divergence | None]]:
+                found: list[tuple[int, Score, Divergence | None]] = []
+                others = self._others(batch)
+                for n, (group, logits) in enumerate(zip(batch, self._logits(batch), strict=True)):
+                    apart: Any = [None] * len(group.members)
+                    if others is not None:
+                        apart = divergences(others[n], logits, [span(*fitting[i][1:]) for i in group.members])
+                    scored = [score_of(logits, *fitting[i][1:]) for i in group.members]
+                    found += zip(group.members, scored, apart, strict=True)
                 bar.update(len(found) * self._processes.world)
                 return found
 
-            scores = dict(pair for found in self._processes.share(batches, score) for pair in found)
+            answers = [a for found in self._processes.share(batches, score) for a in found]
+        scores = {i: score for i, score, _ in answers}
+        self._note({i: apart for i, _, apart in answers if apart is not None})
         for i, request in enumerate(requests):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], scores[i])
@@ -132,17 +155,26 @@ class QDeltaNetLM(HFLM):
         self.batch_sizes = {0: min(self._processes.gather(int(self._detect_batch_size(longest))))}
         return self.batch_sizes[0]
 
+    def _note(self, apart: dict[int, Divergence]) -> None:
+        """Add up by document, in the order of the requests: sums of floats do not depend on the batches."""
+        for i in sorted(apart):
+            before = self.compared.get(self._asked[i], Divergence(0.0, 0, 0))
+            self.compared[self._asked[i]] = before.plus(apart[i])
+
+    def _others(self, groups: list[Shared]) -> Tensor | None:
+        """The other model's logits of a batch, if there is one."""
+        return None if self._beside is None else shared_logits(self._beside, groups, self.device)
+
     def _logits(self, groups: list[Shared]) -> Tensor:
-        """[len(groups), longest, vocabulary]. Shorter inputs are padded on the right and masked: a dynamic scale
-        must not see what the padding tokens would have held."""
-        width = max(len(g.tokens) for g in groups)
-        rows = [[*g.tokens, *[0] * (width - len(g.tokens))] for g in groups]
-        mask = [[1] * len(g.tokens) + [0] * (width - len(g.tokens)) for g in groups]
-        tokens = torch.tensor(rows, device=self.device)
-        padded = None if all(len(g.tokens) == width for g in groups) else torch.tensor(mask, device=self.device)
-        with torch.no_grad():
-            logits: Tensor = self.model(input_ids=tokens, attention_mask=padded, use_cache=False).logits
+        start = time.perf_counter()
+        logits = shared_logits(self.model, groups, self.device)
+        self._worked("scored", sum(len(g.tokens) for g in groups), start)
         return logits
+
+    def _worked(self, what: str, tokens: int, start: float) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.work.update({what: tokens, f"{what}_seconds": time.perf_counter() - start})
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -168,6 +200,12 @@ class QDeltaNetLM(HFLM):
         texts = dict(pair for found in shared for pair in found)
         return [texts[i] for i in range(len(requests))]
 
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        start = time.perf_counter()
+        made: Tensor = super()._model_generate(context, *args, **kwargs)
+        self._worked("generated", made.shape[0] * (made.shape[1] - context.shape[1]), start)
+        return made
+
     # -- progress ------------------------------------------------------------------------------------------------------
 
     @property
@@ -176,12 +214,3 @@ class QDeltaNetLM(HFLM):
 
     def _bar(self, what: str, total: int, hidden: bool) -> Any:
         return tqdm(total=total, disable=hidden or self._silent, desc=what)
-
-
-def _score(logits: Tensor, context: list[int], target: list[int]) -> Score:
-    """Log-likelihood of the target after the context, and whether greedy decoding gives it. logits: [T, vocabulary]."""
-    stop = len(context) + len(target) - 1
-    log_probs = torch.log_softmax(logits[stop - len(target) : stop].float(), dim=-1)
-    wanted = torch.tensor(target, device=logits.device)
-    total = log_probs.gather(1, wanted[:, None]).sum()
-    return float(total), bool((log_probs.argmax(-1) == wanted).all())

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -15,14 +15,16 @@ from rich.text import Text
 from ._cli_bench_calibrate import bench_calibrate
 from ._cli_bench_decode import bench_decode
 from ._cli_bench_drift import bench_drift
+from ._cli_bench_formats import bench_formats
 from ._cli_bench_lab import bench_cost, bench_stability, bench_variants
 from ._cli_bench_layerwise import bench_layerwise
 from ._cli_calibrate import calibrate_command
 from ._cli_evaluate import evaluate_command
+from ._cli_export import export_command
 from ._cli_hardware import bench, selftest
 from ._cli_lab import inspect_command, sensitivity_command
 from ._cli_search import bench_neumann, search_command
-from ._console import Dtype, Json, Model, Output, Overwrite, Quiet, err, out, say, table
+from ._console import Json, Output, Overwrite, Quiet, err, out, say, table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,34 +95,19 @@ app.command(
 )(evaluate_command)
 
 
-@app.command(epilog="Example: qdeltanet export tiny-recall --calibration cal --output checkpoint")
-def export(
-    model: Model,
-    calibration: Annotated[Path, typer.Option(help="Directory that `qdeltanet calibrate` wrote.")],
-    output: Output,
-    dtype: Dtype = "float32",
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a Hugging Face checkpoint with integer weights and every scale."""
-    from .checkpoint import load_calibration
-    from .core.files import check_output
-    from .workflow import run_export
-
-    check_output(output, overwrite)
-    config = run_export(model, load_calibration(calibration), output, overwrite, dtype)
-    out.print(f"{config['tensors']} tensors written to {output}", highlight=False)
-    out.print(
-        f'load it: import qdeltanet; AutoModelForCausalLM.from_pretrained("{output}")', highlight=False, markup=False
-    )
+app.command("export", epilog="Example: qdeltanet export tiny-recall --calibration cal --output checkpoint")(
+    export_command
+)
 
 
 @app.command(epilog="Example: qdeltanet ls")
 def ls(json_file: Json = None) -> None:
-    """List recipes, inverse methods, families of A, sites, backends, hardware profiles, embedded models and data."""
+    """List recipes, inverse methods, families of A, sites, backends, profiles, embedded models, data and tasks."""
     from .backends import backend_names, backend_status
     from .core.files import write_text
     from .delta_rule import SITES
     from .eval.embedded import DATASETS, MODELS
+    from .eval.task_data import TASKS
     from .inverse import METHODS
     from .inverse.families import FAMILIES
     from .profile import load_profile, shipped_profiles
@@ -135,6 +122,7 @@ def ls(json_file: Json = None) -> None:
         "profiles": {name: load_profile(name).description for name in shipped_profiles()},
         "models": {name: str(path) for name, path in MODELS.items()},
         "datasets": {name: str(path) for name, path in DATASETS.items()},
+        "tasks": TASKS,
     }
     for title, entries in listed.items():
         table = Table(title=title, show_header=False, title_justify="left", box=None)
@@ -167,16 +155,19 @@ bench.command("layerwise", epilog="Example: qdeltanet bench layerwise --samples 
 bench.command("drift", epilog="Example: qdeltanet bench drift --json drift.json --png drift.png")(bench_drift)
 bench.command("decode", epilog="Example: qdeltanet bench decode tiny-hybrid -r int8 -r int8-decode")(bench_decode)
 bench.command("calibrate", epilog="Example: qdeltanet bench calibrate tiny-hybrid --json cost.json")(bench_calibrate)
+bench.command("formats", epilog="Example: qdeltanet bench formats --json formats.json")(bench_formats)
 bench.command("cost", epilog="Example: qdeltanet bench cost --chunk-size 64 --json order.json")(bench_cost)
 app.command("search", epilog="Example: qdeltanet search tiny-recall --budget 0.4% --output found.yaml")(search_command)
 app.add_typer(bench, name="bench")
 
 
+UNTIMED = {"stability", "variants", "neumann", "drift", "decode", "formats"}
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interrupt 130, never a traceback for either."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    untimed = {"stability", "variants", "neumann", "drift", "decode"}
-    timed = sys.argv[1:2] == ["bench"] and not untimed & set(sys.argv[2:3])
+    timed = sys.argv[1:2] == ["bench"] and not UNTIMED & set(sys.argv[2:3])
     if not timed:  # read when torch loads: spinning threads are fast alone, and stall a busy machine
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
