@@ -24,6 +24,9 @@ ROWS = (
     ("compressed-tensors", "qdeltanet", "W4A16", "w4a16"),
     ("modelslim", "qdeltanet", "W8A8 dynamic", "w8a8"),
     ("modelslim", "qdeltanet", "W8A8 static", "w8a8" + STATIC),
+    ("onnx", "ONNX Runtime", "float", "int8"),
+    ("onnx", "ONNX Runtime", "float", "int16"),
+    ("onnx", "ONNX Runtime", "float", "int4-static"),
     ("compressed-tensors", "transformers", "W8A8 dynamic", "w8a8" + FLOAT_RULE),
     ("compressed-tensors", "transformers", "W8A8 static", "w8a8" + STATIC + FLOAT_RULE),
     ("compressed-tensors", "transformers", "W4A8 dynamic", "w4a8" + FLOAT_RULE),
@@ -45,7 +48,8 @@ def bench_formats(
     """Export, load and evaluate again in every format that can be executed here; what differs from before.
 
     By qdeltanet the delta rule runs in integers. Stock transformers has no place for it: there it is float before and
-    after. Nothing may differ but its float sums, and its dynamic scales (amax / 127.5, ours amax / 127).
+    after. Nothing may differ but its float sums, and its dynamic scales (amax / 127.5, ours amax / 127). In ONNX
+    Runtime codes are multiplied as floats: where a sum lies next to half a step, another order rounds it the other way.
     """
     from .core import unknown
     from .core.files import write_text

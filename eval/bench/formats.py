@@ -12,24 +12,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoint import export_checkpoint, export_compressed_tensors, export_modelslim, load_foreign
+from ...checkpoint.onnx import export_onnx, run_in_onnxruntime
 from ...models import load_model, quantized_layers, set_execution
 from ...recipe import Recipe
 
-OWN, STOCK = "qdeltanet", "transformers"
+OWN, STOCK, RUNTIME = "qdeltanet", "transformers", "ONNX Runtime"
 
 
-def _stock(folder: Path) -> Any:
+def _own(folder: Path, exported: Any) -> Any:
+    return load_model(str(folder))
+
+
+def _foreign(folder: Path, exported: Any) -> Any:
+    return load_foreign(folder)
+
+
+def _stock(folder: Path, exported: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-# (format, who executes it) -> how it is written and read.
-TRIPS: dict[tuple[str, str], tuple[Callable[..., Any], Callable[[Path], Any]]] = {
-    ("qdeltanet", OWN): (export_checkpoint, lambda folder: load_model(str(folder))),
-    ("compressed-tensors", OWN): (export_compressed_tensors, load_foreign),
+def _runtime(folder: Path, exported: Any) -> Any:
+    """The files hold the rules: the rest of the model stays where it is."""
+    run_in_onnxruntime(exported, folder)
+    return exported
+
+
+# (format, who executes it) -> how it is written, and read in the place of the exported model.
+TRIPS: dict[tuple[str, str], tuple[Callable[..., Any], Callable[[Path, Any], Any]]] = {
+    ("qdeltanet", OWN): (export_checkpoint, _own),
+    ("compressed-tensors", OWN): (export_compressed_tensors, _foreign),
     ("compressed-tensors", STOCK): (export_compressed_tensors, _stock),
-    ("modelslim", OWN): (export_modelslim, load_foreign),
+    ("modelslim", OWN): (export_modelslim, _foreign),
+    ("onnx", RUNTIME): (export_onnx, _runtime),
 }
 
 
@@ -44,7 +60,7 @@ def round_trip(model: Any, recipe: Recipe, fmt: str, by: str, folder: Path, toke
     set_execution(model, "integer")
     before = _logits(model, tokens)
     export(model, recipe, folder)
-    after = _logits(load(folder), tokens)
+    after = _logits(load(folder, model), tokens)
     return {
         "format": fmt,
         "by": by,

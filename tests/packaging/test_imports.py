@@ -44,8 +44,7 @@ ALLOWED["calib"] = ALLOWED["checkpoint"] | {
     "_processes",
 }
 ALLOWED["eval"] = ALLOWED["calib"] | {"conformance"}
-TOP = {
-    "",
+COMMAND = {
     "cli",
     "_cli_hardware",
     "_cli_bench_calibrate",
@@ -60,10 +59,8 @@ TOP = {
     "_cli_export",
     "_cli_search",
     "_console",
-    "workflow",
-    "_hook",
-    "__main__",
 }
+TOP = COMMAND | {"", "workflow", "_hook", "__main__"}
 
 # Who may import a third-party package; `torch` alone is for everybody.
 ONLY_IN = {
@@ -76,22 +73,7 @@ ONLY_IN = {
     "torch_npu": {"backends"},
     "onnx": {"checkpoint"},
     "onnxruntime": {"checkpoint"},
-    "typer": {
-        "cli",
-        "_cli_hardware",
-        "_cli_bench_calibrate",
-        "_cli_lab",
-        "_cli_bench_lab",
-        "_cli_bench_decode",
-        "_cli_bench_drift",
-        "_cli_bench_formats",
-        "_cli_bench_layerwise",
-        "_cli_calibrate",
-        "_cli_evaluate",
-        "_cli_export",
-        "_cli_search",
-        "_console",
-    },
+    "typer": COMMAND,
 }
 TORCH_ONLY = ("core", "inverse", "delta_rule")
 
