@@ -16,6 +16,8 @@ from ..recipe import Recipe
 from .divergence import Divergence
 from .statistics import Documents, bootstrap, interval, paired
 
+MOST_NATS = 700.0  # whose exponential float64 holds
+
 
 @dataclass(frozen=True)
 class Row:
@@ -88,12 +90,17 @@ def _metric(own: Documents, base: Documents | None) -> dict[str, Any]:
         entry["difference"], entry["difference_stderr"] = paired(own, base)
         entry["difference_interval"] = list(interval(own, base))
     if own.kind == "rate":
-        entry["perplexity"] = math.exp(own.estimate)
+        entry["perplexity"] = _exp(own.estimate)
         if base is not None:
-            entry["perplexity_ratio"] = math.exp(entry["difference"])
+            entry["perplexity_ratio"] = _exp(entry["difference"])
             entry["perplexity_ratio_stderr"] = entry["perplexity_ratio"] * entry["difference_stderr"]
-            entry["perplexity_ratio_interval"] = [math.exp(x) for x in entry["difference_interval"]]
+            entry["perplexity_ratio_interval"] = [_exp(x) for x in entry["difference_interval"]]
     return entry
+
+
+def _exp(nats: float) -> float:
+    """Infinite beyond float64."""
+    return math.exp(nats) if nats < MOST_NATS else math.inf
 
 
 def _logits(found: Mapping[str, Documents]) -> dict[str, Any]:

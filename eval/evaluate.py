@@ -17,7 +17,7 @@ import torch
 
 from .._processes import current, joined
 from ..core import QDeltaNetError
-from ..models import load_tokenizer
+from ..models import delta_net_layers, load_tokenizer
 from .cache import Cache, calibration_digest, check_cache, digest_of, executed_digest, program_digest, tokenizer_digest
 from .compare import Row, RowResult, by_task, execution_of, summary
 from .embedded import model_path
@@ -90,7 +90,13 @@ def evaluate(
 
 def _prepared(model_name: str, row: Row, asked: Settings) -> Any:
     name = row.model or model_name
-    return prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, asked.dtype, asked.device)
+    model = prepare_model(name, row.recipe, row.calibration, row.execution, row.backend, asked.dtype, asked.device)
+    if row.recipe is None and row.model is not None and row.execution != "float" and not delta_net_layers(model):
+        raise QDeltaNetError(
+            f"{name} is no checkpoint that qdeltanet exported: it would run in float, not {row.execution}; export it, "
+            "or name a --recipe"
+        )
+    return model
 
 
 def _check_vocabularies(baseline: _Runner, other: _Runner) -> None:

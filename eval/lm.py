@@ -19,7 +19,7 @@ from .._processes import current
 from ..backends import AUTO
 from ..core import QDeltaNetError
 from .batches import Request, fitted, generation_batches
-from .cache import claim, executed_digest
+from .cache import claim, executed_digest, tokenizer_digest
 from .divergence import Divergence, divergences
 from .embedded import model_path
 from .prefix import Score, Shared, score_of, share_prefixes, shared_logits, span
@@ -92,8 +92,19 @@ class QDeltaNetLM(HFLM):
         if cache_hook.dbdict is not None:
             if self._processes.world > 1:
                 raise QDeltaNetError("--use_cache: several processes would each have their own; leave it out")
-            claim(cache_hook.dbdict, {"request": self._request, "executed": executed_digest(self.model)})
+            claim(
+                cache_hook.dbdict,
+                {**self._reading(), "request": self._request, "executed": executed_digest(self.model)},
+            )
         super().set_cache_hook(cache_hook)
+
+    def _reading(self) -> dict[str, Any]:
+        """What turns text into requests: lm-eval's keys are texts."""
+        return {
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+        }
 
     # -- likelihoods ---------------------------------------------------------------------------------------------------
 

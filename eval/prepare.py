@@ -40,7 +40,9 @@ def prepare_model(
     Raises QDeltaNetError if the recipe needs a calibration that is not given, or the calibration is of another recipe.
     """
     path = Path(model_path(name))
-    model = load_foreign(path).to(device) if is_foreign(path) else load_model(str(path), dtype=dtype, device=device)
+    model = (
+        load_foreign(path, dtype).to(device) if is_foreign(path) else load_model(str(path), dtype=dtype, device=device)
+    )
     if delta_net_layers(model):
         if recipe is not None:
             raise QDeltaNetError(f"{name} is an exported checkpoint with its own recipe; leave --recipe out")

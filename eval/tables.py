@@ -43,7 +43,9 @@ def _entry(task: str, row: Mapping[str, Any], metric: str, m: Mapping[str, Any])
         "metric": ",".join([_PERPLEXITY.get(base, base), *([kind] if kind else [])]),
         "documents": m["documents"],
         "value": m["perplexity"] if ratio else m["value"],
-        "stderr": m["perplexity"] * m["stderr"] if ratio else m["stderr"],
+        "stderr": m["perplexity"] * m["stderr"]
+        if ratio and None not in (m["perplexity"], m["stderr"])
+        else m["stderr"],
         "compared": "ratio" if ratio else "difference",
         "paired": m.get(ratio or "difference"),
         "paired_stderr": m.get(f"{ratio or 'difference'}_stderr"),
@@ -93,7 +95,10 @@ def markdown_text(results: Mapping[str, Any]) -> str:
         lines = list(entries(results["rows"], [task]))
         if lines:
             parts.append(_markdown_table(task, lines, results["rows"][0]["name"]))
-    note = "± is one standard error; [] are 95% intervals of the bootstrap over documents; KL in nats per scored token."
+    note = (
+        "± is one standard error; [] are 95% intervals of the bootstrap over documents (queries of one sequence "
+        "together, where ± counts queries); KL in nats per scored token."
+    )
     parts.append("\n".join([note, "", *(f"- {line}" for line in _provenance(results)), ""]))
     return "\n".join(parts)
 
@@ -139,7 +144,7 @@ def _versions(results: Mapping[str, Any]) -> str:
 
 
 def value_text(e: Mapping[str, Any]) -> str:
-    return f"{e['value']:.4f}" + _number(e["stderr"], ".4f", " ±")
+    return (_number(e["value"], ".4f") or "not finite") + _number(e["stderr"], ".4f", " ±")
 
 
 def change_text(e: Mapping[str, Any]) -> str:

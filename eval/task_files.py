@@ -123,4 +123,6 @@ def _task_digest(task: Any, limit: int | None) -> str:
     config = task.dump_config()
     config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}  # a path
     documents = [json.dumps(doc, sort_keys=True, default=str) for doc in islice(task.eval_docs, limit)]
-    return digest_of([config, documents])
+    shots = task.fewshot_docs() if config.get("num_fewshot") else None
+    drawn = [json.dumps(doc, sort_keys=True, default=str) for doc in shots or ()]
+    return digest_of([config, documents, drawn])

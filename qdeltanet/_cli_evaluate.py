@@ -152,18 +152,18 @@ def _rows(
         rows = evaluation_rows(model, named, loaded, execution=executions[0], backend=backend, device=device, say=tell)
     elif _is_checkpoint(model):
         rows = [Row("float", execution="float", model=baseline)] if baseline else []
-        rows += [Row("checkpoint", execution=executions[0], backend=backend, model=model)]  # type: ignore[arg-type]
+        rows += [Row("checkpoint", execution=e, backend=backend, model=model) for e in executions]  # type: ignore[arg-type]
     else:
         rows = [Row("float", execution="float")]
     for path in checkpoints:
-        name = Path(path).name
-        rows += [Row(name, execution=executions[0], backend=backend, model=path)]  # type: ignore[arg-type]
+        name = Path(path).name if [Path(p).name for p in checkpoints].count(Path(path).name) == 1 else str(path)
+        rows += [Row(name, execution=e, backend=backend, model=path) for e in executions]  # type: ignore[arg-type]
     return [again for row in rows for again in _executed(row, executions)]
 
 
 def _executed(row: Row, executions: Sequence[str]) -> list[Row]:
-    """What is float runs once."""
-    if row.recipe.is_float if row.recipe is not None else row.model is None or row.execution == "float":
+    """Of a recipe: what is float runs once, and a checkpoint has its rows already."""
+    if row.recipe is None or row.recipe.is_float:
         return [row]
     return [replace(row, execution=e) for e in executions]  # type: ignore[arg-type]
 
@@ -171,9 +171,9 @@ def _executed(row: Row, executions: Sequence[str]) -> list[Row]:
 def _is_checkpoint(model: str) -> bool:
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        own = config.get("quantization_config", {}).get("quant_method") == "qdeltanet"
+        own = (config.get("quantization_config") or {}).get("quant_method") == "qdeltanet"
         return own or "qdeltanet_config" in config  # which other formats of ours bear
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 

@@ -17,6 +17,7 @@ from ..recipe import parse_recipe
 from .compressed_tensors_check import METHOD as COMPRESSED_TENSORS
 from .compressed_tensors_check import check_compressed_tensors
 from .description import check_description
+from .export import FORMAT_VERSION
 from .folder import exported_tensors
 from .foreign import CONFIG_KEY, SCALES, SIDE_FOLDER, float_tensors, quantized_projections, rule_scales
 from .modelslim_check import DESCRIPTION, check_modelslim
@@ -27,12 +28,15 @@ from .tensors import read_tensors
 Read = Callable[[str], Tensor]
 
 
-def load_foreign(path: Path) -> Any:
+GENERATION = "generation_config.json"
+
+
+def load_foreign(path: Path, dtype: str = "auto") -> Any:
     """A model from a compressed-tensors or ModelSlim directory of ours, rule quantized as its recipe says.
 
-    Everything comes from the files: nothing is calibrated or coded again. Execution starts as integer. Raises
-    QDeltaNetError for a directory that is not whole, was not written here, or does not fit its own recipe (naming every
-    tensor).
+    dtype: of its float weights, `auto` as they stand there. Everything comes from the files: nothing is calibrated or
+    coded again. Execution starts as integer. Raises QDeltaNetError for a directory that is not whole, was not written
+    here or by another version, or does not fit its own recipe (naming every tensor).
     """
     with well_formed(path):
         opened = _checked(path)
@@ -45,6 +49,8 @@ def load_foreign(path: Path) -> Any:
         if isinstance(module, QuantLinear):
             module.original = None
     _fill(model, opened)
+    if dtype != "auto":
+        model.to(getattr(torch, dtype))
     set_execution(model, "integer")
     return model
 
@@ -64,6 +70,13 @@ def _checked(path: Path) -> Opened:
             f"{path}: no config.json with {CONFIG_KEY}: not written by qdeltanet; load it with transformers or vLLM"
         )
     opened = Opened(path)
+    own = opened.config[CONFIG_KEY]
+    if missing := sorted({"version", "recipe", "schemes", "files"} - set(own)):
+        raise QDeltaNetError(f"{path}: {CONFIG_KEY} lacks {', '.join(missing)}: export the model again")
+    if own["version"] != FORMAT_VERSION:
+        raise QDeltaNetError(
+            f"{path}: {CONFIG_KEY} is version {own['version']!r}, this qdeltanet reads {FORMAT_VERSION}: export again"
+        )
     method = (opened.config.get("quantization_config") or {}).get("quant_method")
     if (path / DESCRIPTION).is_file():
         check_modelslim(path)
@@ -85,7 +98,10 @@ def _model(path: Path) -> Any:
     made = getattr(transformers, name, None)
     if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
         raise QDeltaNetError(f"{path}: architecture {name!r} is no model of transformers'")
-    return made._from_config(config, dtype=dtype).eval()
+    model = made._from_config(config, dtype=dtype).eval()
+    if (path / GENERATION).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model
 
 
 def _fill(model: Any, opened: Opened) -> None:

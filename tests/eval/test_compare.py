@@ -19,7 +19,7 @@ from qdeltanet.eval.divergence import divergences
 from qdeltanet.eval.embedded import HELD_OUT_BYTES
 from qdeltanet.eval.evaluate import Row, evaluate
 from qdeltanet.eval.statistics import RESAMPLES, Documents, bootstrap, documents, interval, paired, pooled
-from qdeltanet.eval.tables import csv_text, finite, markdown_text
+from qdeltanet.eval.tables import csv_text, entries, finite, markdown_text, value_text
 from qdeltanet.recipe import load_recipe
 
 
@@ -181,3 +181,17 @@ def test_mistakes():
     other = [*float_row, Row("other", execution="float", model="tiny-hybrid")]
     with pytest.raises(QDeltaNetError, match="row other has a vocabulary of 260 tokens, the first row one of 68"):
         evaluate("tiny-recall", other, ["recall"], limit=1, logits=True)
+
+
+def test_a_checkpoint_that_is_none_is_refused():
+    """It would run in float under the name of integers."""
+    with pytest.raises(QDeltaNetError, match="tiny-recall is no checkpoint that qdeltanet exported"):
+        evaluate("tiny-recall", [Row("mine", model="tiny-recall", execution="integer")], ["recall"], limit=1)
+
+
+def test_one_document_and_what_is_not_finite_have_tables():
+    """A single document has no standard error, and a diverging method no value: both are shown as they are."""
+    rows = finite({"rows": evaluate("tiny-hybrid", [Row("float", execution="float")], ["bytes"], limit=1)})["rows"]
+    assert [e["stderr"] for e in entries(rows)] == [None] * len(list(entries(rows)))
+    assert all(float(value_text(e)) > 1 for e in entries(rows))
+    assert value_text({"value": None, "stderr": None}) == "not finite"
