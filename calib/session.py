@@ -120,8 +120,9 @@ class Session:
         return self.resume.folder
 
     def close(self) -> None:
-        """Leave no folder without state behind."""
-        if self.resume.folder is not None and not any(self._folder.glob("*.safetensors")):
+        """Leave no folder without state behind. Of several processes another one may be about to write there."""
+        alone = self.processes.world == 1
+        if alone and self.resume.folder is not None and not any(self._folder.glob("*.safetensors")):
             self.resume.remove()
 
     # -- one pass ------------------------------------------------------------------------------------------------------

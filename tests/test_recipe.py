@@ -123,3 +123,24 @@ def test_bad_files(tmp_path):
         load_recipe(broken)
     with pytest.raises(QDeltaNetError, match="has no format"):
         parse_recipe({"version": 1, "sites": {"q": {"format": "int8"}}})
+
+
+@pytest.mark.parametrize(
+    ("override", "site", "field", "value"),
+    [
+        ("sites.k={observer: {kind: mse}}", "k", "observer.kind", "mse"),
+        ("sites.k.observer.kind=kl", "k", "observer.kind", "kl"),
+        ("sites.inverse.L16.format=int4", "inverse.L16", "format", "int4"),
+        ("sites.inverse.L16={format: int4}", "inverse.L16", "format", "int4"),
+        ("sites.inverse.*.observer.kind=minmax", "inverse.*", "observer.kind", "minmax"),
+    ],
+)
+def test_overrides_know_where_the_name_of_a_site_ends(override, site, field, value):
+    found = load_recipe("int8", [override]).sites[site].model_dump()
+    for key in field.split("."):
+        found = found[key]
+    assert found == value
+
+
+def test_a_projection_can_be_taken_back():
+    assert load_recipe("w8a8", ["projections.proj.z=null"]).projections["proj.z"] is None

@@ -68,7 +68,8 @@ def _split_path(parts: list[str]) -> list[str]:
             continue
         start = parts.index(section) + 1
         fields = [i for i in range(start + 1, len(parts)) if parts[i] in config.model_fields]
-        end = fields[0] if fields else len(parts) if section == "projections" else len(parts) - 1
+        dotted = section == "projections" or parts[start] == "inverse"
+        end = fields[0] if fields else len(parts) if dotted else start + 1
         return [*parts[:start], ".".join(parts[start:end]), *parts[end:]]
     return parts
 

@@ -335,11 +335,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_killed_at_random_moments(samples, tmp_path):
     """kill -9, every second time while the journal is being written; then as one that was left alone, byte for byte."""
     whole, cut = tmp_path / "a" / "found.yaml", tmp_path / "b" / "found.yaml"
+    start = time.monotonic()
     assert ended(child(lambda: run_to(whole, samples)))
+    took = time.monotonic() - start
     when, cut_short = random.Random(0), 0
     for turn in range(6):
         pid = child(lambda: run_to(cut, samples))
-        until = time.monotonic() + when.uniform(0.3, 2.0)
+        until = time.monotonic() + when.uniform(0.05, 0.3) * took
         while time.monotonic() < until or turn % 2:
             if turn % 2 and any(cut.parent.glob(".found.search.json.partial-*")):
                 break
